@@ -1,0 +1,43 @@
+# Every target sets up what it needs. `make demo` and `make test` are the two to start with.
+SHELL := /bin/bash
+PYTHON ?= $(shell for v in 3.12 3.11 3.13 3.10; do p=$$(command -v python$$v) && "$$p" -c 'import ensurepip, venv' 2>/dev/null && echo "$$p" && break; done || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+ARGS ?=
+
+.PHONY: help setup demo test lint fmt clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "flip-observability needs Python 3.10 to 3.13 (with venv); found: '$(PYTHON)'. Set PYTHON=/path/to/python3.x"; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch "$@"
+
+setup: $(STAMP) ## virtual environment with everything installed
+
+demo: $(STAMP) ## a real federated run with an embedded hub and bucket (ARGS="--scenario fatal")
+	"$(BIN)/flip-obs" demo $(ARGS)
+
+test: lint ## lint, types, all tests with branch coverage
+	"$(BIN)/python" -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
+
+lint: $(STAMP) ## ruff and strict mypy
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+
+fmt: $(STAMP) ## format and mend what can be mended
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
+
+clean: ## remove the virtual environment and what tools left
+	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.* htmlcov dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,101 @@
+"""The vocabulary: statuses and events of FLIP, events of NVFLARE. No logic, and no import of NVFLARE.
+
+NVFLARE's event names are spelled out here so that the lifecycle needs no NVFLARE to be tested or read by the
+command line; a test compares them with the installed NVFLARE.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class _Text(str, Enum):
+    """A string that is also an enumeration member (``enum.StrEnum`` exists from Python 3.11 only)."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class ModelStatus(_Text):
+    """What the Central Hub can be told about a model (hub-side vocabulary of both wire contracts)."""
+
+    PENDING = "PENDING"
+    INITIATED = "INITIATED"
+    PREPARED = "PREPARED"
+    TRAINING_STARTED = "TRAINING_STARTED"
+    RESULTS_UPLOADED = "RESULTS_UPLOADED"
+    ERROR = "ERROR"
+    STOPPED = "STOPPED"
+    RUNNING = "RUNNING"
+    RESULTS_UPLOAD_FAILED = "RESULTS_UPLOAD_FAILED"
+
+
+FINAL_STATUSES = frozenset(
+    {ModelStatus.RESULTS_UPLOADED, ModelStatus.ERROR, ModelStatus.STOPPED, ModelStatus.RESULTS_UPLOAD_FAILED}
+)
+"""Statuses after which the hub frees the FL network for the next job."""
+
+
+class FlipEvents(_Text):
+    """Events that FLIP's controllers, persist component and clients fire."""
+
+    TRAINING_INITIATED = "_training_initiated"
+    TASK_INITIATED = "_task_initiated"
+    RESULTS_UPLOAD_STARTED = "_results_upload_started"
+    RESULTS_UPLOAD_COMPLETED = "_results_upload_completed"
+    SEND_RESULT = "_send_result"
+    LOG_EXCEPTION = "_log_exception"
+    ABORTED = "_aborted"
+
+
+class FlareEvents(_Text):
+    """The events of NVFLARE's ``EventType`` and ``AppEventType`` that a run's lifecycle is made of."""
+
+    START_RUN = "_start_run"
+    ABOUT_TO_END_RUN = "_about_to_end_run"
+    END_RUN = "_end_run"
+    START_WORKFLOW = "_start_workflow"
+    END_WORKFLOW = "_end_workflow"
+    FATAL_SYSTEM_ERROR = "_fatal_system_error"
+    CLIENT_DISCONNECTED = "_client_disconnected"
+    CLIENT_RECONNECTED = "_client_reconnected"
+    AFTER_TASK_DATA_FILTER = "_after_task_data_filter"
+    BEFORE_PROCESS_SUBMISSION = "_before_process_submission"
+    INITIAL_MODEL_LOADED = "_initial_model_loaded"
+    TRAINING_STARTED = "_training_started"
+    TRAINING_FINISHED = "_training_finished"
+    ROUND_STARTED = "_round_started"
+    ROUND_DONE = "_round_done"
+    AFTER_CONTRIBUTION_ACCEPT = "_after_contribution_accept"
+    BEFORE_AGGREGATION = "_before_aggregation"
+    AFTER_AGGREGATION = "_after_aggregation"
+    BEFORE_LEARNABLE_PERSIST = "_before_save_model"
+    AFTER_LEARNABLE_PERSIST = "_after_save_model"
+    GLOBAL_BEST_MODEL_AVAILABLE = "_global_best_model_available"
+    VALIDATION_RESULT_RECEIVED = "_validation_result_received"
+
+
+class OwnEvents(_Text):
+    """What this package itself puts into a run's history beside the events of NVFLARE and FLIP."""
+
+    REGISTERED = "flip.registered"
+    INTENT = "flip.intent"
+    UPLOAD_FAILED = "flip.upload_failed"
+    STATUS = "flip.status"
+    ORPHANED = "flip.orphaned"
+    HUB_REJECTED = "flip.hub_rejected"
+    FINAL_STATUS = "flip.final_status"
+
+
+class FlipMetaKey(_Text):
+    """Keys of a shareable's or context's FLIP metadata."""
+
+    STAGE = "stage"
+
+
+class FlipMetricsLabel(_Text):
+    """Labels of the metrics that FLIP's trainers send."""
+
+    LOSS_FUNCTION = "LOSS_FUNCTION"
+    DL_RESULT = "DL_RESULT"
+    AVERAGE_SCORE = "AVERAGE_SCORE"
