@@ -1,0 +1,39 @@
+"""What is a model id, and what is its one canonical spelling."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+
+def canonical_uuid(value: Any) -> str | None:
+    """Give the lower-case, hyphenated spelling of a UUID: the only one that is sent or stored.
+
+    Args:
+        value: Anything; its text is what counts. Upper case, braces, ``urn:uuid:`` and missing hyphens are accepted.
+
+    Returns:
+        The canonical spelling, or None when the value is no UUID (nothing is raised, whatever the value is).
+    """
+    try:
+        return str(uuid.UUID(str(value)))
+    except Exception:  # noqa: BLE001 - `str()` of a foreign object can raise anything, and then it is no UUID either
+        return None
+
+
+def is_valid_uuid(value: Any) -> bool:
+    """Say whether :func:`canonical_uuid` has an answer for this value."""
+    return canonical_uuid(value) is not None
+
+
+def is_string_empty(value: Any) -> bool:
+    """Say whether a value is None or holds nothing but white space. What is no text at all counts as empty."""
+    return not isinstance(value, str) or not value.strip()
+
+
+class Utils:
+    """The functions of this module under the name that FLIP's code calls them by."""
+
+    canonical_uuid = staticmethod(canonical_uuid)
+    is_valid_uuid = staticmethod(is_valid_uuid)
+    is_string_empty = staticmethod(is_string_empty)
