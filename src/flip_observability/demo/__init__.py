@@ -1,0 +1,1 @@
+"""The demo: an embedded hub, an embedded bucket, and a real federated job between them."""
