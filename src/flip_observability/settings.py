@@ -1,6 +1,6 @@
 """Every environment variable of this package, in one class: read once, validated, explained.
 
-OpenTelemetry (``OTEL_*``) and AWS (``AWS_*``) are configured by their own standard variables, which are not repeated here.
+OpenTelemetry (``OTEL_*``) and AWS (``AWS_*``) are configured by their own standard variables, not repeated here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(case_sensitive=True, extra="ignore", frozen=True, populate_by_name=True)
 
     local_dev: bool = Field(
-        True, alias="LOCAL_DEV", description="No hub and no bucket: statuses are logged, results land in a local folder."
+        True,
+        alias="LOCAL_DEV",
+        description="No hub, no bucket: statuses are logged, results land in a local folder.",
     )
     hub_url: str = Field(
         "http://localhost:8000",
