@@ -560,14 +560,16 @@ def _on_orphaned(state: RunState, event: Event, effects: Effects) -> None:
     state._mark((RUN,), Event("orphaned", event.time))
 
 
-def _on_final_status(state: RunState, event: Event, effects: Effects) -> None:
+def _on_status(state: RunState, event: Event, effects: Effects) -> None:
     status = _text(event, "status")
     if status in FINAL_STATUSES:
         state._finalise(ModelStatus(status), event, effects)
+    elif status in _RANK:
+        state._advance(ModelStatus(status), effects)
 
 
 def _on_end(state: RunState, event: Event, effects: Effects) -> None:
-    _on_final_status(state, event, effects)
+    _on_status(state, event, effects)
     state._finish(RUN, event, effects)
     state.ended = True
 
@@ -617,8 +619,8 @@ TABLE: dict[str, Transition] = {
     FlareEvents.END_RUN.value: Transition(log="End run", then=_on_end),
     OwnEvents.UPLOAD_FAILED.value: Transition(then=_on_upload_failed),
     OwnEvents.ORPHANED.value: Transition(then=_on_orphaned),
-    # A final status that something else than END_RUN chose: a controller through the client, the sentinel, an operator.
-    OwnEvents.STATUS.value: Transition(then=_on_final_status),
+    # A status that code of the job gave to the client itself; and a final one that the sentinel or an operator chose.
+    OwnEvents.STATUS.value: Transition(then=_on_status),
     OwnEvents.FINAL_STATUS.value: Transition(then=_on_end),
 }
 """The table of the lifecycle. An event that is not in it costs one look-up."""

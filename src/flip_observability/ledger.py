@@ -1,0 +1,739 @@
+"""The ledger: one SQLite file that holds what happened, what the hub must still be told, and who works on it.
+
+The only module with SQL. Several processes write at once: every write is one ``BEGIN IMMEDIATE`` transaction in WAL
+mode, and what :meth:`Ledger.append` returned from survives a SIGKILL of the process that called it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flip_observability.lifecycle import Event, Fact
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "ledger.db"
+SCHEMA_VERSION = 1
+FL_THREAD_BUSY_MS = 50
+"""How long a thread of NVFLARE waits for a ledger that another process is writing to."""
+BUSY_MS = 5_000
+BATCH = 1_000
+"""Rows deleted in one transaction, so that retention never holds the writers up."""
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    "9p afs afpfs beegfs ceph cifs davfs fuse.cephfs fuse.glusterfs fuse.gcsfuse fuse.s3fs fuse.sshfs glusterfs gpfs "
+    "lustre ncpfs nfs nfs4 ocfs2 orangefs smb3 smbfs virtiofs".split()
+)
+VOLATILE_FILE_SYSTEMS = frozenset({"overlay", "tmpfs", "ramfs"})
+
+_SCHEMA = """
+CREATE TABLE runs (
+    run_id TEXT PRIMARY KEY, job_id TEXT, model_id TEXT, net_id TEXT, run_dir TEXT, created REAL NOT NULL,
+    boot_id TEXT, pid_ns TEXT, pid INTEGER, start_ticks INTEGER, heartbeat REAL,
+    status TEXT, started REAL, last_event REAL, ended INTEGER NOT NULL DEFAULT 0,
+    workflow TEXT, round INTEGER, total_rounds INTEGER, clients INTEGER, round_results INTEGER, stall_after REAL,
+    problems TEXT NOT NULL DEFAULT '{}',
+    intent TEXT, final_status TEXT, final_time REAL, final_by TEXT,
+    root_claimed TEXT,
+    upload_key TEXT, upload_id TEXT, results_uri TEXT, results_bytes INTEGER, results_files INTEGER, results_crc32 TEXT
+) WITHOUT ROWID;
+CREATE INDEX runs_by_model ON runs (model_id, created);
+CREATE INDEX runs_by_age ON runs (created);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, uid TEXT NOT NULL UNIQUE, run_id TEXT, time REAL NOT NULL, name TEXT NOT NULL,
+    attrs TEXT NOT NULL, facts TEXT NOT NULL
+);
+CREATE INDEX events_by_run ON events (run_id, id);
+CREATE TABLE outbox (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, uid TEXT NOT NULL UNIQUE, run_id TEXT, model_id TEXT NOT NULL,
+    kind TEXT NOT NULL, lane INTEGER NOT NULL, final INTEGER NOT NULL, payload TEXT NOT NULL, created REAL NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0, next_attempt REAL NOT NULL DEFAULT 0,
+    lease_owner TEXT, lease_until REAL NOT NULL DEFAULT 0,
+    state TEXT NOT NULL DEFAULT 'pending', done REAL, outcome TEXT
+);
+CREATE INDEX outbox_pending ON outbox (model_id, lane, id) WHERE state = 'pending';
+CREATE INDEX outbox_leased ON outbox (model_id, lane) WHERE lease_until > 0;
+CREATE INDEX outbox_by_run ON outbox (run_id);
+CREATE TABLE metric_state (name TEXT, labels TEXT, value TEXT NOT NULL, PRIMARY KEY (name, labels)) WITHOUT ROWID;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+"""
+
+_MIGRATIONS: dict[int, str] = {0: _SCHEMA}
+"""From a schema version to the next one. Version 0 is an empty file."""
+
+RUN_COLUMNS = frozenset(
+    "job_id model_id net_id run_dir boot_id pid_ns pid start_ticks heartbeat status started last_event ended workflow "
+    "round total_rounds clients round_results stall_after intent root_claimed upload_key upload_id results_uri "
+    "results_bytes results_files results_crc32".split()
+)
+"""Columns of ``runs`` that an entry may set. ``final_*`` are set by the claim alone, ``problems`` by merging."""
+
+
+class LedgerError(Exception):
+    """The ledger cannot be used. The text says which directory, why, and what to set."""
+
+
+class LedgerBusyError(LedgerError):
+    """Another process kept the ledger locked for longer than this caller may wait."""
+
+
+class LedgerCorruptError(LedgerError):
+    """The file is no SQLite database, or a damaged one."""
+
+
+@dataclass(frozen=True)
+class OutboxItem:
+    """Something that the hub must be told.
+
+    Args:
+        model_id: whose lane it is in.
+        kind: ``status``, ``metric``, ``log`` or ``event``.
+        payload: in our vocabulary; the contract's spelling is chosen when it is sent.
+        final: a final status: supersedes earlier statuses and never expires.
+    """
+
+    model_id: str
+    kind: str
+    payload: Mapping[str, Any]
+    final: bool = False
+    uid: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One transaction of a run: an event, what it changes in the run's row, and what the hub must be told."""
+
+    run_id: str | None
+    time: float
+    event: Event | None = None
+    facts: tuple[Fact, ...] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
+    problems: Mapping[str, float] = field(default_factory=dict)
+    final_status: str | None = None
+    final_by: str | None = None
+    outbox: tuple[OutboxItem, ...] = ()
+
+    @property
+    def durable(self) -> bool:
+        """Whether the transaction must be on the disk, not only in the kernel, when it returns."""
+        return self.final_status is not None or "intent" in self.run or any(i.kind == "status" for i in self.outbox)
+
+    def to_json(self) -> str:
+        """One line for a spool file."""
+        data = {
+            "run_id": self.run_id,
+            "time": self.time,
+            "event": vars(self.event) | {"attrs": dict(self.event.attrs)} if self.event else None,
+            "facts": self.facts,
+            "run": dict(self.run),
+            "problems": dict(self.problems),
+            "final_status": self.final_status,
+            "final_by": self.final_by,
+            "outbox": [vars(item) | {"payload": dict(item.payload)} for item in self.outbox],
+        }
+        return json.dumps(data, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Entry:
+        """The entry of a spool file's line.
+
+        Raises:
+            ValueError, TypeError, KeyError: when the line is not one that :meth:`to_json` wrote.
+        """
+        data = json.loads(line)
+        event = Event(**data.pop("event")) if data["event"] else data.pop("event")
+        facts = tuple((name, value, labels) for name, value, labels in data.pop("facts"))
+        outbox = tuple(OutboxItem(**item) for item in data.pop("outbox"))
+        return cls(event=event, facts=facts, outbox=outbox, **data)
+
+
+@dataclass(frozen=True)
+class OutboxRow:
+    """A row of the outbox as the dispatcher and the command line see it (times in epoch seconds)."""
+
+    id: int
+    uid: str
+    run_id: str | None
+    model_id: str
+    kind: str
+    lane: int
+    final: bool
+    payload: dict[str, Any]
+    created: float
+    attempts: int
+    next_attempt: float
+    state: str
+    done: float | None
+    outcome: str | None
+
+
+class Ledger:
+    """A connection to the ledger file. Thread-safe; give each part that must not wait for another one of its own.
+
+    Args:
+        directory: the ledger's folder; made when missing. ``None`` keeps everything in memory.
+        busy_ms: how long a write waits for other processes, in milliseconds.
+        read_only: for looking only; the file must exist.
+
+    Raises:
+        LedgerError: network file system, newer schema, directory that cannot be written, missing file (read only).
+        LedgerCorruptError: after a damaged file was found; :meth:`open_or_replace` sets it aside instead.
+    """
+
+    def __init__(self, directory: Path | None, *, busy_ms: int = BUSY_MS, read_only: bool = False) -> None:
+        self.directory = directory
+        self.path = directory / FILE_NAME if directory else None
+        self._lock = threading.RLock()
+        self._busy_ms = busy_ms
+        self._synchronous = ""
+        if directory is not None and not read_only:
+            _prepare_directory(directory)
+        with _explained(directory):
+            self._db = self._connect(read_only)
+            try:
+                self._migrate(read_only)
+            except BaseException:
+                self._db.close()
+                raise
+        self._inode = self._file_inode()
+
+    @classmethod
+    def open_or_replace(cls, directory: Path, *, busy_ms: int = BUSY_MS) -> Ledger:
+        """Open the ledger; a corrupt file is set aside under another name (never deleted) and a new one begun."""
+        try:
+            return cls(directory, busy_ms=busy_ms)
+        except LedgerCorruptError:
+            set_aside(directory, _inode(directory / FILE_NAME))
+            return cls(directory, busy_ms=busy_ms)
+
+    # -- opening -----------------------------------------------------------------------------------------------------
+
+    def _connect(self, read_only: bool) -> sqlite3.Connection:
+        if self.path is None:
+            target, uri = ":memory:", False
+        elif read_only:
+            if not self.path.exists():
+                raise LedgerError(
+                    f"No ledger at {self.path}. Set FLIP_OBSERVABILITY_DIR to the server's ledger folder."
+                )
+            target, uri = f"{self.path.absolute().as_uri()}?mode=ro", True
+        else:
+            target, uri = str(self.path), False
+        # The mode is set by the umask: opening the file a second time to change it would drop SQLite's locks on close.
+        with _umask(0o077):
+            db = sqlite3.connect(
+                target, timeout=self._busy_ms / 1000, isolation_level=None, check_same_thread=False, uri=uri
+            )
+            db.row_factory = sqlite3.Row
+            db.execute(f"PRAGMA busy_timeout={self._busy_ms}")
+            if not read_only:
+                self._prepare(db)
+        return db
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        # A new file's first openers race for the switch to WAL, and that one lock does not honour the busy time-out.
+        for attempt in range(100):
+            try:
+                if db.execute("PRAGMA page_count").fetchone()[0] == 0:
+                    db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+                db.execute("PRAGMA journal_mode=WAL").fetchall()
+                break
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error) or attempt * 10 >= max(self._busy_ms, 500):
+                    raise
+                time.sleep(0.01)
+        db.execute("PRAGMA journal_size_limit=16777216")
+        db.execute("PRAGMA wal_autocheckpoint=2000")
+        db.execute("PRAGMA foreign_keys=OFF")
+
+    def _migrate(self, read_only: bool) -> None:
+        version = self._version()
+        if version > SCHEMA_VERSION:
+            raise LedgerError(
+                f"{self.path} was written by a newer flip-observability (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}). Upgrade this installation, or set FLIP_OBSERVABILITY_DIR to another folder."
+            )
+        if read_only or version == SCHEMA_VERSION:
+            return
+        self._db.execute(f"PRAGMA busy_timeout={max(self._busy_ms, BUSY_MS)}")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for step in range(self._version(), SCHEMA_VERSION):
+                    for statement in _MIGRATIONS[step].split(";"):
+                        self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout={self._busy_ms}")
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchall()[0][0])
+
+    def _file_inode(self) -> int | None:
+        return _inode(self.path) if self.path else None
+
+    @property
+    def inode(self) -> int | None:
+        """The file that this connection is open on; compare before setting a corrupt one aside."""
+        return self._inode
+
+    def is_current(self) -> bool:
+        """Whether the file is still the one that was opened (not deleted or replaced)."""
+        return self.path is None or self._file_inode() == self._inode
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- transactions ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        with self._lock, _explained(self.directory):
+            level = "FULL" if durable else "NORMAL"
+            if level != self._synchronous:
+                self._db.execute(f"PRAGMA synchronous={level}")
+                self._synchronous = level
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _rows(self, sql: str, parameters: Iterable[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        # Always exhausted at once: an open cursor keeps a read transaction, and the WAL grows behind it.
+        with self._lock, _explained(self.directory):
+            return self._db.execute(
+                sql, parameters if isinstance(parameters, Mapping) else tuple(parameters)
+            ).fetchall()
+
+    # -- writing a run -----------------------------------------------------------------------------------------------
+
+    def append(self, entry: Entry) -> bool:
+        """Write one entry in one transaction.
+
+        Appending the same entry again changes nothing. When the run already has a final status, no status is sent any
+        more, and a second final status is not recorded.
+
+        Returns:
+            False when the entry carried a final status and the run had another one already; True otherwise.
+
+        Raises:
+            LedgerBusyError: nothing was written; try again.
+            LedgerError: nothing was written; the ledger is unwritable, full or corrupt.
+        """
+        with self._transaction(durable=entry.durable) as db:
+            if entry.run_id is not None:
+                self._upsert_run(db, entry)
+            won = self._claim_final(db, entry)
+            self._insert_event(db, entry, () if not won else entry.facts)
+            if won:
+                for item in entry.outbox:
+                    self._insert_outbox(db, entry, item)
+            return won
+
+    def _upsert_run(self, db: sqlite3.Connection, entry: Entry) -> None:
+        columns = dict(entry.run)
+        if not columns.keys() <= RUN_COLUMNS:
+            raise ValueError(f"Not columns of a run: {sorted(columns.keys() - RUN_COLUMNS)}")
+        if entry.problems:
+            # Merged, not set: the dispatcher adds problems of its own from other processes.
+            db.execute("INSERT OR IGNORE INTO runs (run_id, created) VALUES (?, ?)", (entry.run_id, entry.time))
+            problems = json.dumps(dict(entry.problems))
+            db.execute("UPDATE runs SET problems = json_patch(?, problems) WHERE run_id = ?", (problems, entry.run_id))
+        names = list(columns)
+        # A run that somebody finalised keeps that status, whatever a late event of its job process says.
+        assignments = ", ".join(
+            "status = coalesce(final_status, ?)" if name == "status" else f"{name} = ?" for name in names
+        )
+        values = [columns[name] for name in names]
+        if names and db.execute(f"UPDATE runs SET {assignments} WHERE run_id = ?", [*values, entry.run_id]).rowcount:
+            return
+        marks = ", ".join("?" * (len(names) + 2))
+        db.execute(
+            f"INSERT OR IGNORE INTO runs ({', '.join(['run_id', 'created', *names])}) VALUES ({marks})",
+            [entry.run_id, entry.time, *values],
+        )
+
+    def _claim_final(self, db: sqlite3.Connection, entry: Entry) -> bool:
+        if entry.final_status is None:
+            return True
+        claimed = db.execute(
+            "UPDATE runs SET final_status = ?, status = ?, final_time = ?, final_by = ? "
+            "WHERE run_id = ? AND final_status IS NULL",
+            (entry.final_status, entry.final_status, entry.time, entry.final_by, entry.run_id),
+        ).rowcount
+        if not claimed:
+            row = db.execute("SELECT final_status FROM runs WHERE run_id = ?", (entry.run_id,)).fetchone()
+            known = entry.event is not None and self._has_event(db, entry.event.uid)
+            return known and row is not None and row[0] == entry.final_status
+        return True
+
+    @staticmethod
+    def _has_event(db: sqlite3.Connection, uid: str) -> bool:
+        return bool(db.execute("SELECT 1 FROM events WHERE uid = ?", (uid,)).fetchall())
+
+    @staticmethod
+    def _insert_event(db: sqlite3.Connection, entry: Entry, facts: tuple[Fact, ...]) -> None:
+        if entry.event is None:
+            return
+        event = entry.event
+        db.execute(
+            "INSERT OR IGNORE INTO events (uid, run_id, time, name, attrs, facts) VALUES (?, ?, ?, ?, ?, ?)",
+            (event.uid, entry.run_id, event.time, event.name, _dump(dict(event.attrs)), _dump(facts)),
+        )
+
+    @staticmethod
+    def _insert_outbox(db: sqlite3.Connection, entry: Entry, item: OutboxItem) -> None:
+        status = item.kind == "status"
+        if status and not item.final:
+            finished = "SELECT 1 FROM runs WHERE run_id = ? AND final_status IS NOT NULL"
+            if db.execute(finished, (entry.run_id,)).fetchall():
+                return
+        cursor = db.execute(
+            "INSERT OR IGNORE INTO outbox (uid, run_id, model_id, kind, lane, final, payload, created) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(item.uid, entry.run_id, item.model_id, item.kind),
+                *(0 if status else 1, int(item.final), _dump(dict(item.payload)), entry.time),
+            ),
+        )
+        if item.final and cursor.rowcount:
+            db.execute(
+                "UPDATE outbox SET state = 'superseded', done = ? "
+                "WHERE model_id = ? AND lane = 0 AND final = 0 AND state = 'pending'",
+                (entry.time, item.model_id),
+            )
+
+    # -- the outbox --------------------------------------------------------------------------------------------------
+
+    def lease(
+        self, owner: str, now: float, seconds: float, limit: int, *, ignore_backoff: bool = False
+    ) -> list[OutboxRow]:
+        """Take the rows that may be sent now: the head of every model's lane that nobody else is sending.
+
+        Statuses come before metrics and logs, final ones first. A lease ends by itself after ``seconds``.
+        """
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT * FROM outbox AS o WHERE state = 'pending' AND (next_attempt <= :now OR :hurry)"
+                " AND NOT EXISTS (SELECT 1 FROM outbox AS l WHERE l.model_id = o.model_id AND l.lane = o.lane"
+                "                 AND l.lease_until > 0 AND l.lease_until > :now)"
+                " AND NOT EXISTS (SELECT 1 FROM outbox AS b WHERE b.model_id = o.model_id AND b.lane = o.lane"
+                "                 AND b.state = 'pending' AND b.id < o.id)"
+                " ORDER BY lane, final DESC, id LIMIT :limit",
+                {"now": now, "limit": limit, "hurry": int(ignore_backoff)},
+            ).fetchall()
+            db.executemany(
+                "UPDATE outbox SET lease_owner = ?, lease_until = ? WHERE id = ?",
+                [(owner, now + seconds, row["id"]) for row in rows],
+            )
+        return [_outbox_row(row) for row in rows]
+
+    def settle(
+        self,
+        row: OutboxRow,
+        *,
+        now: float,
+        state: str | None,
+        outcome: str,
+        next_attempt: float = 0.0,
+        facts: tuple[Fact, ...] = (),
+        problem: str | None = None,
+    ) -> None:
+        """Write down what came of sending a row, and give its lease back.
+
+        Args:
+            row: as leased.
+            now: epoch seconds.
+            state: ``delivered``, ``rejected`` or ``expired``; None keeps it pending until ``next_attempt``.
+            outcome: what the hub answered, in a word or a number (never a secret, never a body).
+            next_attempt: epoch seconds.
+            facts: for the metrics; stored as an event of the run.
+            problem: a problem kind to note on the run.
+        """
+        with self._transaction(durable=row.kind == "status" and state is not None) as db:
+            db.execute(
+                "UPDATE outbox SET attempts = attempts + 1, lease_owner = NULL, lease_until = 0, next_attempt = ?, "
+                "outcome = ?, "
+                "state = CASE WHEN state = 'pending' OR ? = 'delivered' THEN coalesce(?, state) ELSE state END, "
+                "done = CASE WHEN ? IS NULL THEN done ELSE ? END WHERE id = ?",
+                (next_attempt, outcome, state, state, state, now, row.id),
+            )
+            if problem and row.run_id:
+                patch = json.dumps({problem: now})
+                db.execute("UPDATE runs SET problems = json_patch(?, problems) WHERE run_id = ?", (patch, row.run_id))
+            if facts:
+                attrs = {"kind": row.kind, "outcome": outcome, "state": state or "retried"}
+                attrs |= {"status": row.payload["status"]} if row.kind == "status" else {}
+                event = Event("flip.hub_request", now, attrs)
+                self._insert_event(db, Entry(row.run_id, now, event), facts)
+
+    def release_backoff(self, now: float) -> int:
+        """Make every waiting row due: the hub has recovered. Returns how many."""
+        with self._transaction() as db:
+            sql = "UPDATE outbox SET next_attempt = 0 WHERE state = 'pending' AND next_attempt > ?"
+            return db.execute(sql, (now,)).rowcount
+
+    def set_outbox_state(self, ids: Iterable[int], state: str, now: float) -> int:
+        """For an operator: ``pending`` sends rows again, ``dropped`` gives them up. Returns how many changed."""
+        with self._transaction(durable=True) as db:
+            changed = 0
+            for row_id in ids:
+                changed += db.execute(
+                    "UPDATE outbox SET state = ?, next_attempt = 0, done = ? WHERE id = ? AND state != 'delivered'",
+                    (state, None if state == "pending" else now, row_id),
+                ).rowcount
+            return changed
+
+    def outbox(
+        self, *, run_id: str | None = None, states: Iterable[str] = (), kind: str | None = None, limit: int = 10_000
+    ) -> list[OutboxRow]:
+        """Rows of the outbox, oldest first."""
+        states = list(states)
+        clauses = ["1"] + (["run_id = ?"] if run_id else []) + (["kind = ?"] if kind else [])
+        if states:
+            clauses.append(f"state IN ({', '.join('?' * len(states))})")
+        parameters = [*([run_id] if run_id else []), *([kind] if kind else []), *states, limit]
+        rows = self._rows(f"SELECT * FROM outbox WHERE {' AND '.join(clauses)} ORDER BY id LIMIT ?", parameters)
+        return [_outbox_row(row) for row in rows]
+
+    def outbox_row(self, uid: str) -> OutboxRow | None:
+        """One row by its uid."""
+        rows = self._rows("SELECT * FROM outbox WHERE uid = ?", (uid,))
+        return _outbox_row(rows[0]) if rows else None
+
+    def mark_delivered(self, uids: Iterable[str], now: float) -> None:
+        """Rows that were delivered while the ledger could not be written."""
+        with self._transaction(durable=True) as db:
+            db.executemany(
+                "UPDATE outbox SET state = 'delivered', done = ? WHERE uid = ? AND state != 'delivered'",
+                [(now, uid) for uid in uids],
+            )
+
+    def next_due(self) -> float | None:
+        """When the next row wants to be sent (epoch seconds); None when nothing waits."""
+        value = self._rows("SELECT min(max(next_attempt, lease_until)) FROM outbox WHERE state = 'pending'")[0][0]
+        return None if value is None else float(value)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        """One run's row."""
+        rows = self._rows("SELECT * FROM runs WHERE run_id = ?", (run_id,))
+        return _run(rows[0]) if rows else None
+
+    def runs(self, *, statuses: Iterable[str] = (), since: float = 0.0, limit: int = 1_000) -> list[dict[str, Any]]:
+        """Runs, newest first."""
+        statuses = list(statuses)
+        clause = f" AND status IN ({', '.join('?' * len(statuses))})" if statuses else ""
+        rows = self._rows(
+            f"SELECT * FROM runs WHERE created >= ?{clause} ORDER BY created DESC LIMIT ?", [since, *statuses, limit]
+        )
+        return [_run(row) for row in rows]
+
+    def find_runs(self, prefix: str, limit: int = 20) -> list[dict[str, Any]]:
+        """Runs whose run, job or model id begins with ``prefix``, newest first."""
+        like = prefix.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        where = " OR ".join(f"{column} LIKE ?1 ESCAPE '\\'" for column in ("run_id", "job_id", "model_id"))
+        rows = self._rows(f"SELECT * FROM runs WHERE {where} ORDER BY created DESC LIMIT ?2", (like, limit))
+        return [_run(row) for row in rows]
+
+    def open_run_of_model(self, model_id: str) -> dict[str, Any] | None:
+        """The newest run of a model."""
+        rows = self._rows("SELECT * FROM runs WHERE model_id = ? ORDER BY created DESC LIMIT 1", (model_id,))
+        return _run(rows[0]) if rows else None
+
+    def events(self, run_id: str | None = None, *, after: int = 0, limit: int = 1_000_000) -> list[dict[str, Any]]:
+        """Events in the order in which they were written: of one run, or of all with an id over ``after``."""
+        clause = " AND run_id = ?" if run_id else ""
+        rows = self._rows(
+            f"SELECT * FROM events WHERE id > ?{clause} ORDER BY id LIMIT ?",
+            [after, *([run_id] if run_id else []), limit],
+        )
+        return [dict(row) | {"attrs": json.loads(row["attrs"]), "facts": json.loads(row["facts"])} for row in rows]
+
+    def claim_root(self, run_id: str, owner: str) -> bool:
+        """Whether the caller may export the run's root span; true for exactly one caller."""
+        with self._transaction() as db:
+            sql = "UPDATE runs SET root_claimed = ? WHERE run_id = ? AND root_claimed IS NULL"
+            return db.execute(sql, (owner, run_id)).rowcount == 1
+
+    def get_meta(self, key: str) -> str | None:
+        """A value of ``meta``."""
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
+        return rows[0][0] if rows else None
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Set a value of ``meta``."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
+            )
+
+    # -- upkeep ------------------------------------------------------------------------------------------------------
+
+    def forget_before(self, cutoff: float) -> int:
+        """Delete the history of finished runs whose statuses were all settled before ``cutoff`` (epoch seconds).
+
+        Returns:
+            How many rows went. Works in batches, so that writers in other processes hardly notice.
+        """
+        waiting = "SELECT run_id FROM outbox WHERE state = 'pending' AND run_id IS NOT NULL"
+        old = f"SELECT run_id FROM runs WHERE final_time < :cutoff AND run_id NOT IN ({waiting})"
+        jobs = (
+            ("events", "id", f"run_id IN ({old}) OR (run_id IS NULL AND time < :cutoff)"),
+            ("outbox", "id", f"state != 'pending' AND (run_id IN ({old}) OR (run_id IS NULL AND done < :cutoff))"),
+            ("runs", "run_id", f"run_id IN ({old})"),
+        )
+        gone = 0
+        for table, key, where in jobs:
+            while True:
+                with self._transaction() as db:
+                    sql = f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE {where} LIMIT {BATCH})"
+                    count = db.execute(sql, {"cutoff": cutoff}).rowcount
+                gone += count
+                if count < BATCH:
+                    break
+        with self._lock, _explained(self.directory):
+            self._db.execute("PRAGMA incremental_vacuum(2000)").fetchall()
+        return gone
+
+    def checkpoint(self) -> None:
+        """Move what the write-ahead log holds into the file, as far as no reader needs it."""
+        self._rows("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def set_aside(directory: Path, inode: int | None) -> Path | None:
+    """Rename a corrupt ledger, unless another process has done so already and begun a new one.
+
+    Args:
+        directory: the ledger's folder.
+        inode: of the file that was found to be corrupt.
+
+    Returns:
+        The new name, or None when the file in place is another one.
+    """
+    path = directory / FILE_NAME
+    if _inode(path) != inode or inode is None:
+        return None
+    kept = directory / f"{FILE_NAME}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, kept)
+    for suffix in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(directory / (FILE_NAME + suffix), Path(f"{kept}{suffix}"))
+    log.error("The ledger %s is damaged. It was set aside as %s and a new one was begun.", path, kept.name)
+    return kept
+
+
+def file_system_of(directory: Path) -> str:
+    """The type of the file system that a folder is on, as the kernel names it; empty when it cannot be told."""
+    where = directory.resolve()
+    best, kind = "", ""
+    for partition in psutil.disk_partitions(all=True):
+        mount = partition.mountpoint
+        if where.is_relative_to(mount) and len(mount) >= len(best):
+            best, kind = mount, partition.fstype
+    return kind.lower()
+
+
+def _prepare_directory(directory: Path) -> None:
+    try:
+        with _umask(0o077):
+            directory.mkdir(parents=True, exist_ok=True)
+        kind = file_system_of(directory)
+    except OSError as error:
+        raise LedgerError(
+            f"The ledger's folder {directory} cannot be used ({type(error).__name__}: {error.strerror}). "
+            "Set FLIP_OBSERVABILITY_DIR to a writable folder on a local disk."
+        ) from error
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise LedgerError(
+            f"The ledger's folder {directory} is on a network file system ({kind}), where SQLite's locks do not hold. "
+            "Set FLIP_OBSERVABILITY_DIR to a folder on a local disk."
+        )
+    if kind in VOLATILE_FILE_SYSTEMS:
+        log.warning(
+            "The ledger's folder %s is on %s: its history dies with the container. "
+            "Set FLIP_OBSERVABILITY_DIR to a folder on a mounted disk.",
+            directory,
+            kind,
+        )
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    text = str(error)
+    return "locked" in text or "busy" in text
+
+
+@contextlib.contextmanager
+def _explained(directory: Path | None) -> Iterator[None]:
+    """Turn SQLite's errors into ours. Their texts are SQLite's own and hold no data."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        where = f"ledger in {directory}" if directory else "ledger in memory"
+        text = f"The {where} failed: {error}"
+        if _is_busy(error):
+            raise LedgerBusyError(text) from error
+        if type(error) is sqlite3.DatabaseError or "malformed" in str(error):
+            raise LedgerCorruptError(text) from error
+        raise LedgerError(text) from error
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    old = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(old)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _run(row: sqlite3.Row) -> dict[str, Any]:
+    return dict(row) | {"problems": json.loads(row["problems"])}
+
+
+def _outbox_row(row: sqlite3.Row) -> OutboxRow:
+    names = OutboxRow.__dataclass_fields__
+    values = {name: row[name] for name in names}
+    return OutboxRow(**values | {"final": bool(row["final"]), "payload": json.loads(row["payload"])})
