@@ -531,11 +531,17 @@ class Ledger:
         return _outbox_row(rows[0]) if rows else None
 
     def mark_delivered(self, uids: Iterable[str], now: float) -> None:
-        """Rows that were delivered while the ledger could not be written."""
+        """Rows that were delivered while the ledger could not be written; what they overtook is superseded."""
         with self._transaction(durable=True) as db:
             db.executemany(
                 "UPDATE outbox SET state = 'delivered', done = ? WHERE uid = ? AND state != 'delivered'",
                 [(now, uid) for uid in uids],
+            )
+            db.execute(
+                "UPDATE outbox SET state = 'superseded', done = ? WHERE state = 'pending' AND lane = 0 AND final = 0 "
+                "AND EXISTS (SELECT 1 FROM outbox AS later WHERE later.run_id = outbox.run_id AND later.lane = 0 "
+                "            AND later.state = 'delivered' AND later.id > outbox.id)",
+                (now,),
             )
 
     def next_due(self) -> float | None:

@@ -1,0 +1,425 @@
+"""The recorder: one event in, one ledger transaction out, and nobody waits for a ledger that is busy or broken."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flip_observability.constants import OwnEvents
+from flip_observability.errors import drain, report
+from flip_observability.hub import CONTRACTS, Dispatcher, Transport, transport_for
+from flip_observability.ledger import (
+    FL_THREAD_BUSY_MS,
+    RUN_COLUMNS,
+    Entry,
+    Ledger,
+    LedgerBusyError,
+    LedgerCorruptError,
+    LedgerError,
+    OutboxItem,
+    set_aside,
+)
+from flip_observability.lifecycle import Effects, Event, RunState, Scalar
+from flip_observability.process import current_process
+from flip_observability.settings import Settings
+from flip_observability.spool import Spool, take_spools
+
+HEARTBEAT_SECONDS = 10.0
+REOPEN_SECONDS = 5.0
+MAX_BACKLOG = 10_000
+"""Entries kept in memory while the ledger cannot be written; beyond it, those without a status go first."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Whose run it is. ``run_id`` is a UUID, ``model_id`` None when nothing tells it."""
+
+    run_id: str
+    job_id: str = ""
+    model_id: str | None = None
+    net_id: str = "default"
+    run_dir: str = ""
+
+
+class RunRecorder:
+    """Records a run: folds each event, writes it with what it causes, and sees that the hub is told.
+
+    Safe to call from any number of threads. :meth:`record` waits at most 50 ms for a busy ledger; then this and what
+    follows goes through a queue, in order, to a thread of our own. When the ledger cannot be written at all, statuses
+    go to the hub from memory, and a spool file beside the ledger keeps them.
+
+    Args:
+        identity: the run.
+        settings: of this server.
+        directory: the ledger's folder.
+        transport: how the hub is reached; from the settings when None.
+        tell_hub: False when somebody else delivers the statuses (a client object that the job brought).
+        clock: epoch seconds.
+    """
+
+    def __init__(
+        self,
+        identity: RunIdentity,
+        settings: Settings,
+        directory: Path,
+        *,
+        transport: Transport | None = None,
+        tell_hub: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.identity = identity
+        self.settings = settings
+        self.directory = directory
+        self.tell_hub = tell_hub
+        self.contract = CONTRACTS[settings.hub_contract]
+        self.finalised_elsewhere = False
+        self._transport = transport or transport_for(settings)
+        # Wall time at the start, then the monotonic clock: a clock that is set in mid-run makes no negative durations.
+        self._clock_offset = clock() - time.monotonic()
+        self._state = RunState(identity.run_id)
+        self._lock = threading.Lock()
+        self._backlog: deque[Entry] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._ledger: Ledger | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._fallback: _Fallback | None = None
+        self._final_uid: str | None = None
+        self._open()
+        self._writer = threading.Thread(target=self._write_loop, name="flip-ledger-writer", daemon=True)
+        self._writer.start()
+
+    # -- what the handler uses ---------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> RunState:
+        """The run as recorded so far. For reading."""
+        return self._state
+
+    @property
+    def ledger_writable(self) -> bool:
+        """Whether events reach the ledger (possibly through the queue)."""
+        return self._fallback is None
+
+    def now(self) -> float:
+        """Epoch seconds on a clock that never goes backwards."""
+        return self._clock_offset + time.monotonic()
+
+    def record(self, name: str, attrs: Mapping[str, Scalar] | None = None, *, final_by: str = "job") -> Effects:
+        """Record one event. Never raises, never waits for longer than 50 ms.
+
+        Args:
+            name: the event.
+            attrs: what is known about it.
+            final_by: who chose the final status that the event may carry.
+
+        Returns:
+            What the event caused; ``effects.status`` is None when the run had been finalised by another process.
+        """
+        with self._lock:
+            event = Event(name, self.now(), attrs or {})
+            effects = self._state.apply(event)
+            entry = self._entry(event, effects, final_by)
+            if not self._write(entry):
+                self.finalised_elsewhere = True
+                effects.status = None
+        if entry.outbox:
+            self._nudge()
+        return effects
+
+    def set_columns(self, **columns: Any) -> None:
+        """Set columns of the run's row that no event tells: the intent, an upload's id, a receipt."""
+        with self._lock:
+            self._write(Entry(self.identity.run_id, self.now(), run=columns))
+
+    def post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool) -> None:
+        """Tell the hub something on behalf of the job's own code (the sink of :class:`flip_observability.hub.FLIP`)."""
+        if kind == "status" and model_id == self.identity.model_id:
+            self.record(OwnEvents.STATUS, {"status": str(payload["status"])}, final_by="client")
+            return
+        with self._lock:
+            self._write(Entry(self.identity.run_id, self.now(), outbox=(OutboxItem(model_id, kind, payload, final),)))
+        self._nudge()
+
+    def multipart(self, key: str, upload_id: str) -> None:
+        """Remember an upload in progress, so that a killed one can be aborted."""
+        self.set_columns(upload_key=key, upload_id=upload_id or None)
+
+    def finish(self, seconds: float) -> bool:
+        """Give the hub until the deadline to accept the final status.
+
+        What is not accepted by then stays in the ledger, or in the spool, for the observer.
+
+        Returns:
+            Whether the hub has accepted it.
+        """
+        deadline = time.monotonic() + seconds
+        with self._wake:
+            self._wake.notify_all()
+            if not self._wake.wait_for(lambda: not self._backlog, timeout=seconds / 2):
+                self._degrade("LedgerBusy")
+        self._record_errors()
+        dispatcher = self._active_dispatcher()
+        if self._final_uid is None or dispatcher is None:
+            return self._final_uid is None
+        delivered = dispatcher.wait_for(self._final_uid, max(0.0, deadline - time.monotonic()))
+        if delivered and self._fallback is not None:
+            self._fallback.note_delivered()
+        return delivered
+
+    def close(self) -> None:
+        """Stop the threads. What is in the outbox stays there."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._writer.join(timeout=2.0)
+        for dispatcher in (self._dispatcher, self._fallback.dispatcher if self._fallback else None):
+            if dispatcher is not None:
+                dispatcher.stop(1.0)
+
+    # -- entries -----------------------------------------------------------------------------------------------------
+
+    def _entry(self, event: Event, effects: Effects, final_by: str) -> Entry:
+        outbox: list[OutboxItem] = []
+        model_id = self.identity.model_id
+        if self.tell_hub and model_id is not None and not self.finalised_elsewhere:
+            if effects.status is not None:
+                outbox.append(OutboxItem(model_id, "status", {"status": effects.status.value}, effects.final))
+            if self.contract.takes_events:
+                for item in effects.hub_events:
+                    payload = vars(item) | {"details": dict(item.details)}
+                    outbox.append(OutboxItem(model_id, "event", payload))
+        if effects.final and outbox:
+            self._final_uid = outbox[0].uid
+        return Entry(
+            run_id=self.identity.run_id,
+            time=event.time,
+            event=event,
+            facts=tuple(effects.facts),
+            run=self._state.columns(),
+            problems=effects.problems,
+            final_status=effects.status.value if effects.final and effects.status else None,
+            final_by=final_by if effects.final else None,
+            outbox=tuple(outbox),
+        )
+
+    def _registration(self) -> Entry:
+        identity = self.identity
+        columns = {
+            "job_id": identity.job_id,
+            "model_id": identity.model_id,
+            "net_id": identity.net_id,
+            "run_dir": identity.run_dir,
+            "heartbeat": self.now(),
+        }
+        return Entry(identity.run_id, self.now(), run=columns | current_process().columns())
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        try:
+            self._ledger = Ledger.open_or_replace(self.directory, busy_ms=FL_THREAD_BUSY_MS)
+            self._dispatcher = Dispatcher(Ledger(self.directory), self._transport, self.settings)
+            self._dispatcher.start()
+        except LedgerError as error:
+            report("ledger", error, f"{error} Statuses go to the hub from memory; other history of this run is at risk")
+            self._degrade(type(error).__name__)
+        self._write(self._registration())
+
+    def _write(self, entry: Entry) -> bool:
+        """Write an entry, or queue it. Only a caller that holds ``_lock`` may call it. False: another one finalised."""
+        if self._fallback is not None:
+            return self._fallback.append(entry)
+        if not self._backlog and self._ledger is not None:
+            try:
+                return self._ledger.append(entry)
+            except LedgerBusyError:
+                pass
+            except Exception as error:  # noqa: BLE001 - whatever the ledger has, the run goes on
+                self._fail(error, self._ledger)
+                return self._write(entry)
+        self._queue(entry)
+        return True
+
+    def _fail(self, error: Exception, ledger: Ledger | None) -> None:
+        report("ledger", error, "cannot write the ledger; statuses go to the hub from memory")
+        if isinstance(error, LedgerCorruptError) and ledger is not None:
+            try:
+                set_aside(self.directory, ledger.inode)
+            except OSError as problem:
+                report("ledger", problem, "cannot set the damaged ledger aside")
+        self._degrade(type(error).__name__)
+
+    def _queue(self, entry: Entry) -> None:
+        with self._wake:
+            if self._fallback is not None:
+                self._fallback.append(entry)
+                return
+            if len(self._backlog) >= MAX_BACKLOG:
+                report("recorder", "BacklogFull", "an event was dropped: the ledger has been busy for too long")
+                if not entry.durable:
+                    return
+            self._backlog.append(entry)
+            self._wake.notify_all()
+
+    def _write_loop(self) -> None:
+        ledger: Ledger | None = None
+        beat = take = 0.0
+        while not self._closed:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed or bool(self._backlog), timeout=1.0)
+            try:
+                if ledger is None or not ledger.is_current():
+                    ledger = self._reopen(ledger)
+                if ledger is None:
+                    continue
+                self._drain(ledger)
+                now = time.monotonic()
+                if now - beat >= HEARTBEAT_SECONDS:
+                    beat = now
+                    ledger.append(Entry(self.identity.run_id, self.now(), run={"heartbeat": self.now()}))
+                    self._record_errors()
+                if now - take >= 6 * HEARTBEAT_SECONDS:
+                    take = now
+                    take_spools(ledger, self.directory, self.now())
+                    ledger.checkpoint()
+            except LedgerBusyError:
+                continue
+            except Exception as error:  # noqa: BLE001 - this thread must live as long as the run
+                self._fail(error, ledger)
+                ledger = None
+
+    def _drain(self, ledger: Ledger) -> None:
+        while self._backlog:
+            entry = self._backlog[0]
+            if not ledger.append(entry):
+                self.finalised_elsewhere = True
+            with self._wake:
+                if self._backlog and self._backlog[0] is entry:
+                    self._backlog.popleft()
+                self._wake.notify_all()
+            if entry.outbox:
+                self._nudge()
+
+    def _reopen(self, old: Ledger | None) -> Ledger | None:
+        """(Re)open the ledger for the writer thread; after a failure, move everybody back onto the disk."""
+        if old is None and self._fallback is None:
+            return Ledger(self.directory)
+        try:
+            ledger = Ledger.open_or_replace(self.directory)
+            ledger.append(self._registration())
+        except LedgerError:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed, timeout=REOPEN_SECONDS)
+            return None
+        fallback, dispatcher = self._fallback, self._dispatcher
+        if fallback is not None:
+            fallback.dispatcher.stop(15.0)
+        if dispatcher is not None:
+            dispatcher.stop(15.0)
+        with self._lock:
+            if old is not None and self._ledger is not None:
+                _carry_over(self.identity.run_id, self._ledger, ledger)
+            for entry in fallback.entries if fallback else ():
+                ledger.append(entry)
+            if fallback is not None:
+                ledger.mark_delivered(fallback.delivered(), self.now())
+                fallback.spool.remove()
+            self._ledger = Ledger(self.directory, busy_ms=FL_THREAD_BUSY_MS)
+            self._dispatcher = Dispatcher(Ledger(self.directory), self._transport, self.settings)
+            self._dispatcher.start()
+            self._fallback = None
+        return ledger
+
+    def _degrade(self, kind: str) -> None:
+        """From now on work from memory. What waits in the queue comes along."""
+        with self._wake:
+            if self._fallback is None:
+                fallback = _Fallback(self.directory, self._transport, self.settings)
+                fallback.append(self._registration())
+                self._fallback = fallback
+                report("recorder", kind, "works from memory until the ledger can be written again")
+            while self._backlog:
+                self._fallback.append(self._backlog.popleft())
+            self._wake.notify_all()
+
+    def _record_errors(self) -> None:
+        counts = drain()
+        if counts:
+            facts = tuple(("observability_error", float(n), {"component": c}) for c, n in counts.items())
+            event = Event("flip.observability_errors", self.now(), {"count": sum(counts.values())})
+            with self._lock:
+                self._write(Entry(self.identity.run_id, self.now(), event, facts))
+
+    def _active_dispatcher(self) -> Dispatcher | None:
+        return self._fallback.dispatcher if self._fallback is not None else self._dispatcher
+
+    def _nudge(self) -> None:
+        dispatcher = self._active_dispatcher()
+        if dispatcher is not None:
+            dispatcher.nudge()
+
+
+class _Fallback:
+    """The same ledger and dispatcher in memory, with the spool file beside the real one."""
+
+    def __init__(self, directory: Path, transport: Transport, settings: Settings) -> None:
+        self.ledger = Ledger(None)
+        self.spool = Spool(directory)
+        self.entries: deque[Entry] = deque(maxlen=MAX_BACKLOG)
+        self.dispatcher = Dispatcher(self.ledger, transport, settings)
+        self.dispatcher.start()
+
+    def append(self, entry: Entry) -> bool:
+        self.entries.append(entry)
+        if entry.durable:
+            self.spool.add(entry)
+        won = self.ledger.append(entry)
+        if entry.outbox:
+            self.dispatcher.nudge()
+        return won
+
+    def delivered(self) -> list[str]:
+        """What need not be sent again.
+
+        A final status is sent once more all the same: an earlier one may have waited in the real ledger meanwhile and
+        have reached the hub after it.
+        """
+        return [row.uid for row in self.ledger.outbox(states=["delivered"]) if not row.final]
+
+    def note_delivered(self) -> None:
+        if not self.ledger.outbox(kind="status", states=["pending"], limit=1):
+            self.spool.delivered(self.delivered())
+
+
+def _carry_over(run_id: str, old: Ledger, new: Ledger) -> None:
+    """Bring a run from a ledger that was deleted under us (it stays readable while it is open) into the new one."""
+    run = old.run(run_id)
+    if run is None:
+        return
+    for row in old.events(run_id):
+        event = Event(row["name"], row["time"], row["attrs"], row["uid"])
+        facts = tuple((name, value, labels) for name, value, labels in row["facts"])
+        new.append(Entry(run_id, event.time, event, facts))
+    columns = {name: run[name] for name in RUN_COLUMNS if run[name] is not None}
+    new.append(Entry(run_id, run["created"], run=columns, problems=run["problems"]))
+    waiting = tuple(
+        OutboxItem(row.model_id, row.kind, row.payload, row.final, row.uid)
+        for row in old.outbox(run_id=run_id, states=["pending"])
+    )
+    final, by = run["final_status"], run["final_by"]
+    new.append(Entry(run_id, run["final_time"] or time.time(), final_status=final, final_by=by, outbox=waiting))
+
+
+def new_run_id(job_id: str | None) -> str:
+    """NVFLARE's job id when that is a UUID, otherwise a new one (the simulator's job is ``simulate_job``)."""
+    try:
+        return str(uuid.UUID(str(job_id)))
+    except ValueError:
+        return str(uuid.uuid4())
