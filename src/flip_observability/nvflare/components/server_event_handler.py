@@ -29,8 +29,8 @@ FOREIGN_CLIENT_SECONDS = 1.0
 class ServerEventHandler(FLComponent):
     """Drives FLIP's statuses and the persistence of results from NVFLARE's events.
 
-    An ``FLComponent`` of the job's ``config_fed_server.json``, listed last. It never raises into the run and never waits
-    for hub or disk on a thread of the run, but for the upload and the delivery of the final status in END_RUN.
+    An ``FLComponent`` of the job's ``config_fed_server.json``, listed last. It never raises into the run and never
+    waits for the hub on a thread of the run, but for the upload and the delivery of the final status in END_RUN.
 
     Args:
         model_id: the model's UUID; when empty it is found in the app's ``custom/config.json``, the job's ``meta.json``

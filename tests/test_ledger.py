@@ -1,0 +1,370 @@
+"""The ledger: transactions, claims, the outbox's order, and every way in which a file can be unusable."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from flip_observability import ledger as ledger_module
+from flip_observability.ledger import (
+    SCHEMA_VERSION,
+    Entry,
+    Ledger,
+    LedgerBusyError,
+    LedgerCorruptError,
+    LedgerError,
+    OutboxItem,
+)
+from flip_observability.lifecycle import Event
+
+MODEL = "0b1f7f5e-7b1e-4b62-9a52-0d0d63a1f6aa"
+OTHER = "11111111-7b1e-4b62-9a52-0d0d63a1f6aa"
+
+
+def status(value: str, *, final: bool = False, model: str = MODEL) -> OutboxItem:
+    return OutboxItem(model, "status", {"status": value}, final)
+
+
+def send(ledger: Ledger, value: str, *, run: str = "r1", model: str = MODEL, now: float = 1.0) -> bool:
+    final = value in {"ERROR", "STOPPED", "RESULTS_UPLOADED"}
+    item = status(value, final=final, model=model)
+    return ledger.append(
+        Entry(run, now, final_status=value if final else None, final_by="job" if final else None, outbox=(item,))
+    )
+
+
+def test_an_entry_is_event_run_and_outbox_in_one(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        event = Event("_start_run", 12.5, {"client": "site-1"})
+        entry = Entry(
+            "r1", 12.5, event, (("run_started", 1, {}),), {"round": 3}, {"fatal_error": 12.5}, outbox=(status("X"),)
+        )
+        assert ledger.append(entry)
+        run = ledger.run("r1")
+        assert run is not None
+        assert (run["round"], run["problems"]) == (3, {"fatal_error": 12.5})
+        [row] = ledger.events("r1")
+        assert (row["name"], row["attrs"], row["facts"]) == (
+            "_start_run",
+            {"client": "site-1"},
+            [["run_started", 1, {}]],
+        )
+        assert [item.payload for item in ledger.outbox()] == [{"status": "X"}]
+
+
+def test_appending_again_changes_nothing(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        entry = Entry(
+            "r1",
+            1.0,
+            Event("_end_run", 1.0),
+            final_status="ERROR",
+            final_by="job",
+            outbox=(status("ERROR", final=True),),
+        )
+        again = Entry.from_json(entry.to_json())
+        assert again == entry
+        assert ledger.append(entry)
+        assert ledger.append(again)
+        assert len(ledger.events()) == 1
+        assert len(ledger.outbox()) == 1
+
+
+def test_the_first_final_status_wins_and_nothing_is_sent_after_it(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        assert send(ledger, "ERROR")
+        assert not send(ledger, "RESULTS_UPLOADED")
+        assert send(ledger, "TRAINING_STARTED")
+        ledger.append(Entry("r1", 9.0, run={"status": "TRAINING_STARTED", "round": 7}))
+        run = ledger.run("r1")
+        assert run is not None
+        assert (run["final_status"], run["status"], run["round"]) == ("ERROR", "ERROR", 7)
+        assert [row.payload["status"] for row in ledger.outbox()] == ["ERROR"]
+
+
+def test_a_final_status_supersedes_what_waits_before_it(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        for value in ("INITIATED", "PREPARED", "ERROR"):
+            send(ledger, value)
+        send(ledger, "INITIATED", run="r2", model=OTHER)
+        assert [row.state for row in ledger.outbox(run_id="r1")] == ["superseded", "superseded", "pending"]
+        leased = ledger.lease("me", 2.0, 15.0, 10)
+        assert [(row.model_id, row.payload["status"]) for row in leased] == [(MODEL, "ERROR"), (OTHER, "INITIATED")]
+
+
+def test_a_lane_has_one_lease_and_keeps_its_order(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger, Ledger(tmp_path) as other:
+        send(ledger, "INITIATED")
+        send(ledger, "PREPARED")
+        ledger.append(Entry("r1", 1.0, outbox=(OutboxItem(MODEL, "metric", {"value": 1.0}),)))
+        first = ledger.lease("a", 10.0, 15.0, 10)
+        assert [row.kind for row in first] == ["status", "metric"]
+        assert other.lease("b", 11.0, 15.0, 10) == []
+        ledger.settle(first[0], now=12.0, state="delivered", outcome="200")
+        assert [row.payload["status"] for row in other.lease("b", 12.0, 15.0, 10)] == ["PREPARED"]
+        # A lease of a process that died ends by itself.
+        assert [row.kind for row in other.lease("b", 100.0, 15.0, 10)] == ["status", "metric"]
+
+
+def test_a_row_in_flight_keeps_its_lane_even_when_a_final_status_supersedes_it(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        send(ledger, "TRAINING_STARTED")
+        [flying] = ledger.lease("a", 1.0, 15.0, 10)
+        send(ledger, "ERROR")
+        assert ledger.lease("b", 2.0, 15.0, 10) == []
+        ledger.settle(flying, now=3.0, state=None, outcome="503", next_attempt=60.0)
+        assert [row.payload["status"] for row in ledger.lease("b", 4.0, 15.0, 10)] == ["ERROR"]
+        assert [row.state for row in ledger.outbox()] == ["superseded", "pending"]
+
+
+def test_release_makes_every_waiting_row_due(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        send(ledger, "INITIATED")
+        [row] = ledger.lease("a", 1.0, 15.0, 10)
+        ledger.settle(row, now=1.0, state=None, outcome="503", next_attempt=1_000.0)
+        assert ledger.next_due() == 1_000.0
+        assert ledger.lease("a", 2.0, 15.0, 10) == []
+        assert ledger.release_backoff(2.0) == 1
+        assert len(ledger.lease("a", 2.0, 15.0, 10)) == 1
+
+
+def test_delivery_from_memory_supersedes_what_waited_on_the_disk(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        send(ledger, "INITIATED")
+        later = status("TRAINING_STARTED")
+        ledger.append(Entry("r1", 2.0, outbox=(later,)))
+        ledger.mark_delivered([later.uid], 3.0)
+        assert [row.state for row in ledger.outbox()] == ["superseded", "delivered"]
+
+
+def test_runs_are_found_by_any_prefix(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        ledger.append(Entry("abc1", 1.0, run={"job_id": "job_1", "model_id": MODEL}))
+        ledger.append(Entry("abc2", 2.0, run={"job_id": "jobX1"}))
+        assert [run["run_id"] for run in ledger.find_runs("abc")] == ["abc2", "abc1"]
+        assert [run["run_id"] for run in ledger.find_runs("job_")] == ["abc1"]
+        assert [run["run_id"] for run in ledger.find_runs(MODEL[:6])] == ["abc1"]
+        assert ledger.find_runs("%") == []
+
+
+def test_retention_keeps_what_the_hub_has_not_accepted(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        for run in ("done", "waiting"):
+            ledger.append(Entry(run, 1.0, Event("_start_run", 1.0)))
+            send(ledger, "ERROR", run=run, model=MODEL if run == "done" else OTHER)
+        [row] = [r for r in ledger.lease("a", 2.0, 15.0, 10) if r.run_id == "done"]
+        ledger.settle(row, now=2.0, state="delivered", outcome="200")
+        assert ledger.forget_before(100.0) > 0
+        assert [run["run_id"] for run in ledger.runs()] == ["waiting"]
+        assert [row.run_id for row in ledger.outbox()] == ["waiting"]
+        assert {row["run_id"] for row in ledger.events()} == {"waiting"}
+
+
+def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "new") as ledger:
+        send(ledger, "INITIATED")
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
+        assert set(modes.values()) == {0o600}
+        assert "ledger.db-wal" in modes
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+
+
+def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    Ledger(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "ledger.db")
+    db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    db.close()
+    with pytest.raises(LedgerError, match="newer flip-observability"):
+        Ledger.open_or_replace(tmp_path)
+    assert (tmp_path / "ledger.db").exists()
+
+
+def test_an_older_schema_is_migrated(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "ledger.db")
+    db.execute("PRAGMA user_version=0")
+    db.close()
+    with Ledger(tmp_path) as ledger:
+        assert send(ledger, "INITIATED")
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a database at all, but long enough to have a header" * 40, b"SQLite format 3\0" + b"\xff" * 4096]
+)
+def test_a_corrupt_file_is_set_aside_not_deleted(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ledger.db").write_bytes(content)
+    with pytest.raises(LedgerCorruptError):
+        Ledger(tmp_path)
+    with Ledger.open_or_replace(tmp_path) as ledger:
+        assert send(ledger, "INITIATED")
+    [kept] = tmp_path.glob("ledger.db.corrupt-*")
+    assert kept.read_bytes() == content
+
+
+def test_a_good_file_of_another_process_is_not_set_aside(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        send(ledger, "INITIATED")
+        assert ledger_module.set_aside(tmp_path, inode=1) is None
+        assert ledger.is_current()
+        (tmp_path / "ledger.db").unlink()
+        assert not ledger.is_current()
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+def test_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(ledger_module, "file_system_of", lambda _: kind)
+    with pytest.raises(LedgerError, match=rf"network file system \({kind}\).*FLIP_OBSERVABILITY_DIR"):
+        Ledger(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_volatile_file_system_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger_module, "file_system_of", lambda _: "tmpfs")
+    Ledger(tmp_path).close()
+    assert "dies with the container" in caplog.text
+
+
+def test_the_file_system_is_really_looked_up() -> None:
+    assert ledger_module.file_system_of(Path("/proc/self")) == "proc"
+
+
+def test_a_directory_that_cannot_be_made_says_which_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match="FLIP_OBSERVABILITY_DIR"):
+        Ledger(tmp_path / "file" / "ledger")
+
+
+def test_a_locked_ledger_is_waited_for_no_longer_than_told(tmp_path: Path) -> None:
+    with Ledger(tmp_path, busy_ms=50) as ledger:
+        blocker = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LedgerBusyError):
+            send(ledger, "INITIATED")
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        assert send(ledger, "INITIATED")
+
+
+def test_read_only_needs_a_ledger_and_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="No ledger at"):
+        Ledger(tmp_path, read_only=True)
+    Ledger(tmp_path).close()
+    with Ledger(tmp_path, read_only=True) as ledger, pytest.raises(LedgerError):
+        send(ledger, "INITIATED")
+
+
+def test_root_is_claimed_once(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        ledger.append(Entry("r1", 1.0))
+        assert [ledger.claim_root("r1", owner) for owner in "abc"] == [True, False, False]
+
+
+WRITER = textwrap.dedent(
+    """
+    import sys, time, uuid
+    from pathlib import Path
+    from flip_observability.ledger import Entry, Ledger, LedgerBusyError, OutboxItem
+    from flip_observability.lifecycle import Event
+    ledger = Ledger(Path(sys.argv[1]))
+    run = str(uuid.uuid4())
+    number = 0
+    while True:
+        number += 1
+        event = Event("_round_started", time.time())
+        outbox = (OutboxItem(run, "status", {"status": "X"}),) if number % 10 == 0 else ()
+        try:
+            ledger.append(Entry(run, event.time, event, outbox=outbox))
+        except LedgerBusyError:
+            continue
+        sys.stdout.write(event.uid + "\\n")
+        sys.stdout.flush()
+    """
+)
+
+
+def test_sixteen_processes_killed_200_times_lose_nothing_they_acknowledged(tmp_path: Path) -> None:
+    directory, rng = tmp_path / "ledger", random.Random(7)
+    Ledger(directory).close()
+    logs: list[Path] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        path = tmp_path / f"acknowledged-{len(logs)}"
+        logs.append(path)
+        with path.open("wb") as out:
+            return subprocess.Popen([sys.executable, "-c", WRITER, str(directory)], stdout=out)
+
+    writers = [start() for _ in range(16)]
+    try:
+        deadline = time.monotonic() + 60
+        while not all(log.stat().st_size for log in logs) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for _ in range(200):
+            time.sleep(rng.uniform(0, 0.05))
+            victim = rng.randrange(16)
+            os.kill(writers[victim].pid, signal.SIGKILL)
+            writers[victim].wait()
+            writers[victim] = start()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    acknowledged = {line for log in logs for line in log.read_text().split("\n")[:-1] if len(line) == 16}
+    with Ledger(directory) as ledger:
+        known = {row["uid"] for row in ledger.events()}
+        assert ledger._rows("PRAGMA integrity_check")[0][0] == "ok"
+    assert len(acknowledged) > 500
+    assert acknowledged - known == set()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_a_clear_error_and_heals(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip("this machine does not let tests mount a tmpfs")
+    try:
+        with Ledger(small) as ledger:
+            send(ledger, "INITIATED")
+            filler = small / "filler"
+
+            def fill_the_disk() -> None:
+                with filler.open("wb", buffering=0) as out:
+                    while True:
+                        out.write(b"x" * 4_096)
+
+            def write_a_lot() -> None:
+                for number in range(2_000):
+                    ledger.append(Entry("r1", 1.0, Event("_x", 1.0, {"pad": "y" * 500, "n": number})))
+
+            with pytest.raises(OSError, match="No space left"):
+                fill_the_disk()
+            with pytest.raises(LedgerError):
+                write_a_lot()
+            filler.unlink()
+            assert send(ledger, "PREPARED")
+            assert [row.payload["status"] for row in ledger.outbox()] == ["INITIATED", "PREPARED"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_spool_line_is_plain_json() -> None:
+    line = Entry("r1", 1.0, Event("_x", 1.0), (("a", 1, {"b": "c"}),), outbox=(status("X"),)).to_json()
+    assert "\n" not in line
+    assert json.loads(line)["run_id"] == "r1"
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        Entry.from_json('{"run_id": 1}')
