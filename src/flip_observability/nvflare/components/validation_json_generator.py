@@ -1,0 +1,38 @@
+"""The results of cross-site validation as one JSON file among the run's results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.app_constant import AppConstants
+
+from flip_observability.nvflare.components._json_generator import JsonGenerator
+
+
+class ValidationJsonGenerator(JsonGenerator):
+    """Writes ``{client that validated: {model that was validated: metrics}}``.
+
+    A component of the job's ``config_fed_server.json``, driven by ``ServerEventHandler``.
+
+    Args:
+        results_dir: folder of the file, relative to the run directory and inside it.
+        json_file_name: name of the file.
+    """
+
+    def __init__(
+        self, results_dir: str = AppConstants.CROSS_VAL_DIR, json_file_name: str = "cross_val_results.json"
+    ) -> None:
+        super().__init__(results_dir, json_file_name)
+        self._val_results: dict[str, Any] = {}
+
+    def _results(self) -> dict[str, Any]:
+        return self._val_results
+
+    def _keep(self, fl_ctx: FLContext, client: str, metrics: dict[str, Any]) -> None:
+        owner = fl_ctx.get_prop(AppConstants.MODEL_OWNER, None)
+        if not owner:
+            self._refuse(fl_ctx, "model_owner unknown")
+            return
+        with self._lock:
+            self._val_results.setdefault(client, {})[str(owner)] = metrics
