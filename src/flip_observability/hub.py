@@ -1,0 +1,829 @@
+"""The Central Hub: its wire contracts, how it is reached, and the dispatcher that tells it what the outbox holds.
+
+A change of the wire touches :data:`CONTRACTS` alone. The client object that FLIP's code calls is in
+:mod:`flip_observability.client`; ``FLIP`` can be imported from here too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timezone
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from http.cookiejar import DefaultCookiePolicy
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from urllib.parse import quote
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.cookies import RequestsCookieJar
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError, HTTPError
+
+from flip_observability.constants import ModelStatus
+from flip_observability.errors import QUIET_SECONDS, report
+from flip_observability.ledger import Ledger, OutboxRow
+from flip_observability.lifecycle import Fact
+from flip_observability.settings import Settings
+from flip_observability.utils import canonical_uuid
+
+if TYPE_CHECKING:
+    from flip_observability.client import FLIP as FLIP  # noqa: PLC0414 - an export
+else:
+
+    def __getattr__(name: str) -> Any:
+        # The client stands on this module; whoever looks for it here gets it without an import circle.
+        if name == "FLIP":
+            from flip_observability.client import FLIP
+
+            return FLIP
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 3.0
+TOTAL_SECONDS = 10.0
+"""A whole call, from the connection to the last byte that is read of the answer."""
+LEASE_SECONDS = 15.0
+"""Outlives :data:`TOTAL_SECONDS`, so that no row is sent by two dispatchers at once."""
+MAX_BODY_BYTES = 65_536
+"""What is read of an answer's body, only to use its connection again."""
+MAX_RETRY_AFTER = 3_600.0
+
+Payload: TypeAlias = "Mapping[str, Any]"
+
+
+# -- the wire contract -------------------------------------------------------------------------------------------------
+
+SERVER_AS_TRUST = "server"
+"""Who speaks, in the contract of 2026-05, when it is no client."""
+_SITE = re.compile(r"site-(\d+)")
+
+
+def _trust(client: str | None) -> str:
+    """The trust's name of an NVFLARE client; FLIP's ``site-N`` is the hub's ``Trust_N``."""
+    if client is None:
+        return SERVER_AS_TRUST
+    site = _SITE.fullmatch(client)
+    return f"Trust_{site[1]}" if site else client
+
+
+def _metric_2026_05(payload: Payload) -> dict[str, Any]:
+    return {
+        "trust": _trust(payload["client"]),
+        "globalRound": payload["round"],
+        "label": payload["label"],
+        "result": payload["value"],
+    }
+
+
+def _metric_2026_10(payload: Payload) -> dict[str, Any]:
+    return {
+        "fl_client_name": payload["client"],
+        "global_round": payload["round"],
+        "label": payload["label"],
+        "result": payload["value"],
+        "x_value": payload.get("x_value", float(payload["round"])),
+        "x_label": payload.get("x_label", "Global Rounds"),
+    }
+
+
+def _log_2026_05(payload: Payload) -> dict[str, Any]:
+    return {"trust": _trust(payload["client"]), "log": payload["log"]}
+
+
+def _log_2026_10(payload: Payload) -> dict[str, Any]:
+    return {"fl_client_name": payload["client"], "log": payload["log"], "success": False}
+
+
+def _event_2026_10(payload: Payload) -> dict[str, Any]:
+    return {
+        "fl_client_name": payload["client"],
+        "event_type": payload["event_type"],
+        "global_round": payload["round"],
+        "details": payload["details"],
+        "success": payload["success"],
+    }
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How a hub of one generation spells what we say.
+
+    Args:
+        upload_failed: the final status of a run whose results could not be uploaded.
+        spelled: our status to the hub's, where they differ.
+        posts: kind of an outbox row to the end of its path and what makes its body of our payload.
+    """
+
+    upload_failed: ModelStatus
+    spelled: Mapping[ModelStatus, ModelStatus]
+    posts: Mapping[str, tuple[str, Callable[[Payload], dict[str, Any]]]]
+
+    @property
+    def takes_events(self) -> bool:
+        """Whether rounds are told as events."""
+        return "event" in self.posts
+
+    def request(self, kind: str, model_id: str, payload: Payload) -> tuple[str, str, dict[str, Any] | None]:
+        """The call that a row of the outbox becomes.
+
+        Args:
+            kind: ``status``, ``metric``, ``log`` or ``event``.
+            model_id: in canonical form.
+            payload: in our vocabulary.
+
+        Returns:
+            Method, path below the base URL, and the body (None for none).
+
+        Raises:
+            ValueError, KeyError, TypeError: the row is none that this contract can say.
+        """
+        if canonical_uuid(model_id) != model_id:
+            raise ValueError("not a model id in canonical form")
+        base = f"/model/{quote(model_id, safe='')}"
+        if kind == "status":
+            status = ModelStatus(payload["status"])
+            return "PUT", f"{base}/status/{quote(self.spelled.get(status, status).value, safe='')}", None
+        if kind not in self.posts:
+            raise ValueError("this contract has no such call")
+        path, body = self.posts[kind]
+        return "POST", f"{base}/{path}", body(payload)
+
+
+CONTRACTS: Mapping[str, Contract] = MappingProxyType(
+    {
+        "2026-05": Contract(
+            upload_failed=ModelStatus.ERROR,
+            spelled={
+                ModelStatus.RUNNING: ModelStatus.TRAINING_STARTED,
+                ModelStatus.RESULTS_UPLOAD_FAILED: ModelStatus.ERROR,
+            },
+            posts={"metric": ("metrics", _metric_2026_05), "log": ("logs", _log_2026_05)},
+        ),
+        "2026-10": Contract(
+            upload_failed=ModelStatus.RESULTS_UPLOAD_FAILED,
+            spelled={ModelStatus.TRAINING_STARTED: ModelStatus.RUNNING},
+            posts={
+                "metric": ("metrics", _metric_2026_10),
+                "log": ("logs", _log_2026_10),
+                "event": ("logs", _event_2026_10),
+            },
+        ),
+    }
+)
+"""Value of ``FLIP_HUB_CONTRACT`` to what it means."""
+
+
+# -- the transport -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one call.
+
+    Args:
+        status: HTTP status code; None when there was no answer.
+        error: the type of what went wrong when there was no answer. Never its text.
+        retry_after: seconds that the hub asks to be left alone.
+        unsendable: the row itself cannot be made a call; the hub has not been asked.
+    """
+
+    status: int | None = None
+    error: str | None = None
+    retry_after: float | None = None
+    unsendable: bool = False
+
+    @property
+    def outcome(self) -> str:
+        """In a word: the code, or the type of the error."""
+        return str(self.status) if self.status is not None else (self.error or "no answer")
+
+
+class Transport(Protocol):
+    """How the hub is reached. ``send`` never raises, and ends within :data:`TOTAL_SECONDS`."""
+
+    def send(self, row: OutboxRow) -> Reply: ...
+
+
+class _Deadline:
+    """Cuts the connection of the call that this thread makes when its time is over, whatever the other side does."""
+
+    current = threading.local()
+
+    def __init__(self, seconds: float) -> None:
+        self._lock = threading.Lock()
+        self._wire: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+        self.over = False
+
+    def __enter__(self) -> _Deadline:
+        self.current.deadline = self
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self.current.deadline = None
+        with self._lock:
+            self._forget()
+
+    def watch(self, connection: HTTPConnection, sock: socket.socket) -> None:
+        # A descriptor of our own: a TLS handshake takes the one of the connected socket away while it runs.
+        with self._lock:
+            self._forget()
+            if self.over:  # by looking names up, say; nothing must be sent under a lease that may have ended
+                raise ConnectTimeoutError(connection, "the time of this call is over")
+            self._wire = socket.socket(fileno=os.dup(sock.fileno()))
+
+    def _cut(self) -> None:
+        with self._lock:
+            self.over = True
+            if self._wire is not None:
+                with suppress(OSError):
+                    self._wire.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self) -> None:
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+
+
+class _Watched(HTTPConnection):
+    """A connection that the current deadline can cut at any moment: handshake, request, headers, body."""
+
+    def _new_conn(self) -> socket.socket:
+        sock = super()._new_conn()
+        try:
+            self._watch(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is not None:
+            self._watch(self.sock)
+        super().request(*args, **kwargs)
+
+    def _watch(self, sock: socket.socket) -> None:
+        deadline: _Deadline | None = getattr(_Deadline.current, "deadline", None)
+        if deadline is not None:
+            deadline.watch(self, sock)
+
+
+class _WatchedTLS(_Watched, HTTPSConnection):
+    pass
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Watched
+
+
+class _PoolTLS(HTTPSConnectionPool):
+    ConnectionCls = _WatchedTLS
+
+
+_POOLS = {"http": _Pool, "https": _PoolTLS}
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        if not proxy.lower().startswith("socks"):
+            manager.pool_classes_by_scheme = _POOLS
+        return manager
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: Any) -> None:
+        """None: ``requests`` reads the whole body of a redirect into memory, even of one that it does not follow."""
+
+
+class HubTransport:
+    """The hub over HTTP: pooled connections, verified TLS, no redirects, and a deadline that holds.
+
+    Args:
+        settings: base URL, key and contract.
+        total: seconds that a call may take.
+    """
+
+    def __init__(self, settings: Settings, *, total: float = TOTAL_SECONDS) -> None:
+        self._base = settings.hub_url
+        self._contract = CONTRACTS[settings.hub_contract]
+        self._total = total
+        self._session = _Session()
+        self._session.headers["User-Agent"] = "flip-observability"
+        self._session.headers[settings.service_key_header] = settings.service_key.get_secret_value()
+        self._session.auth = _as_it_is  # not None, or a .netrc file would add credentials for the hub's host
+        self._session.cookies = RequestsCookieJar(policy=DefaultCookiePolicy(allowed_domains=[]))
+        adapter = _Adapter(pool_connections=2, pool_maxsize=WORKERS, max_retries=0)
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+
+    def send(self, row: OutboxRow) -> Reply:
+        """Make the call of a row.
+
+        Args:
+            row: of the outbox.
+
+        Returns:
+            What came of it. Nothing is raised.
+        """
+        try:
+            method, path, body = self._contract.request(row.kind, row.model_id, row.payload)
+            data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        except Exception as error:  # noqa: BLE001 - whatever a row holds, it must not stop the others
+            return Reply(error=type(error).__name__, unsendable=True)
+        with _Deadline(min(self._total, TOTAL_SECONDS)) as deadline:
+            try:
+                return self._call(method, path, data)
+            except (requests.RequestException, HTTPError, OSError) as error:
+                return Reply(error="DeadlineExceeded" if deadline.over else type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - as above
+                return Reply(error=type(error).__name__, unsendable=True)
+
+    def _call(self, method: str, path: str, data: bytes | None) -> Reply:
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        with self._session.request(
+            method,
+            self._base + path,
+            data=data,
+            headers=headers,
+            timeout=(CONNECT_SECONDS, self._total),
+            allow_redirects=False,
+            stream=True,
+        ) as response:
+            reply = Reply(response.status_code, retry_after=_retry_after(response.headers.get("Retry-After")))
+            with suppress(HTTPError, OSError, ValueError):  # the answer is known: what its body does changes nothing
+                response.raw.read(MAX_BODY_BYTES, decode_content=False)
+            return reply
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self._session.close()
+
+
+class LocalHub:
+    """Stands in for the hub with ``LOCAL_DEV``: statuses are logged, everything is accepted."""
+
+    def send(self, row: OutboxRow) -> Reply:
+        """Accept a row."""
+        if row.kind == "status":
+            log.info("LOCAL_DEV: status of model %s is %s", row.model_id, row.payload.get("status"))
+        return Reply(200)
+
+
+def transport_for(settings: Settings) -> Transport:
+    """The transport that the settings ask for."""
+    return LocalHub() if settings.local_dev else HubTransport(settings)
+
+
+def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a ``Retry-After`` header (seconds or a date), at most an hour; None when it says nothing."""
+    if value is None:
+        return None
+    value = value.strip()
+    if value.isascii() and value.isdecimal():
+        seconds = float(value[:10])
+    else:
+        try:
+            when = parsedate_to_datetime(value)
+            seconds = (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp() - time.time()
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+
+
+# -- what an answer means ----------------------------------------------------------------------------------------------
+
+
+class Verdict(Enum):
+    """What an answer means for the row, and for the hub."""
+
+    DELIVERED = "delivered"
+    HUB_ILL = "hub ill"
+    BACK_OFF = "back off"
+    REJECTED = "rejected"
+
+
+_ILL = frozenset({401, 403, 429})
+"""A key can be mended, and who is asked to wait waits with everything."""
+_ROW_ALONE = frozenset({408})
+_FINAL_ALONE = frozenset({404, 409, *range(300, 400)})
+"""A final status is worth waiting for, until a person has mended the hub."""
+
+
+def classify(reply: Reply, row: OutboxRow) -> Verdict:
+    """What an answer means.
+
+    Args:
+        reply: the answer.
+        row: what was sent.
+    """
+    if reply.unsendable:
+        return Verdict.BACK_OFF if row.final else Verdict.REJECTED
+    status = reply.status
+    if status is None or status < 200 or status >= 500 or status in _ILL:
+        return Verdict.HUB_ILL
+    if status < 300:
+        return Verdict.DELIVERED
+    if status in _ROW_ALONE or (row.final and status in _FINAL_ALONE):
+        return Verdict.BACK_OFF
+    return Verdict.REJECTED
+
+
+# -- the dispatcher ----------------------------------------------------------------------------------------------------
+
+WORKERS = 8
+"""Calls made at once."""
+POLL_SECONDS = 0.5
+"""How often an idle dispatcher looks for rows of other processes."""
+FIRST_BACKOFF = 0.5
+MIN_BACKOFF = 0.05
+MAX_PROBE_SECONDS = 15.0
+MAX_ROW_SECONDS = 60.0
+EXPIRY_SECONDS = 60.0
+"""How often the outbox is searched for rows that have become too old."""
+EXPIRY_BATCH = 1_000
+FACTS_AT_ONCE = 10
+FACTS_EVERY = 20
+"""After :data:`FACTS_AT_ONCE` attempts of a row, one fact counts that many: an outage must not fill the ledger."""
+
+_SETTLED_FOR_GOOD = frozenset({"rejected", "expired", "dropped", "superseded"})
+
+
+def _counted(retries: int) -> int:
+    """How many of a row's first ``retries`` vain attempts have been counted by then."""
+    return min(retries, FACTS_AT_ONCE) + max(0, retries - FACTS_AT_ONCE) // FACTS_EVERY * FACTS_EVERY
+
+
+def _request_fact(row: OutboxRow, count: int, outcome: str) -> list[Fact]:
+    return [("hub_request", count, {"kind": row.kind, "outcome": outcome})] if count else []
+
+
+def _retry_facts(row: OutboxRow) -> tuple[Fact, ...]:
+    return tuple(_request_fact(row, _counted(row.attempts + 1) - _counted(row.attempts), "retried"))
+
+
+def _end_facts(row: OutboxRow, outcome: str) -> list[Fact]:
+    return _request_fact(row, row.attempts - _counted(row.attempts), "retried") + _request_fact(row, 1, outcome)
+
+
+@dataclass
+class _Illness:
+    """What this dispatcher knows about a hub that is ill."""
+
+    since: float
+    failures: int = 0
+    probe_at: float = 0.0
+    not_before: float = 0.0
+
+
+@dataclass
+class _Quiet:
+    """Lets a log line of one kind through once a minute."""
+
+    last: dict[str, float] = field(default_factory=dict)
+
+    def allows(self, key: str) -> bool:
+        now = time.monotonic()
+        if now - self.last.get(key, -QUIET_SECONDS) < QUIET_SECONDS:
+            return False
+        if len(self.last) > 1_000:
+            self.last.clear()
+        self.last[key] = now
+        return True
+
+
+class Dispatcher:
+    """Tells the hub what the outbox holds, at least once, in order within a model's lane, until it has accepted it.
+
+    Any number of them, in any number of processes, work on one ledger. Nothing is raised out of its threads.
+
+    Args:
+        ledger: best a connection of its own. It stays the caller's: close it after :meth:`stop`.
+        transport: how the hub is reached.
+        settings: for the age at which what is not final is given up.
+        clock: epoch seconds.
+        rng: for the jitter.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        transport: Transport,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._ledger = ledger
+        self._transport = transport
+        self._max_age = settings.outbox_max_age_hours * 3600
+        self._clock = clock
+        self._rng = rng or random.Random()  # noqa: S311 - jitter
+        self._owner = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._wake = threading.Condition()
+        self._in_flight = 0
+        self._delivered = 0
+        self._nudged = False
+        self._illness: _Illness | None = None
+        self._next_expiry = 0.0
+        self._quiet = _Quiet()
+        self._stop: threading.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    # -- for its owner -----------------------------------------------------------------------------------------------
+
+    @property
+    def hub_is_ill(self) -> bool:
+        """Whether the hub did not answer, or refused everything, when it was last asked."""
+        return self._illness is not None
+
+    def start(self) -> None:
+        """Begin to work, on a daemon thread."""
+        with self._wake:
+            if self._thread is None:
+                self._stop = threading.Event()
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._stop,), name="flip-hub-dispatcher", daemon=True
+                )
+                self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Take no more rows, and let those that are being sent end.
+
+        Args:
+            timeout: seconds to wait for that. Calls that take longer end by their own deadline.
+        """
+        deadline = time.monotonic() + timeout
+        with self._wake:
+            if self._stop is not None:
+                self._stop.set()
+            thread, self._thread = self._thread, None
+            self._wake.notify_all()
+        if thread is not None:
+            thread.join(timeout)
+        with self._wake:
+            self._wake.wait_for(lambda: not self._in_flight, max(0.0, deadline - time.monotonic()))
+
+    def nudge(self) -> None:
+        """There is a new row: look at once."""
+        with self._wake:
+            self._nudged = True
+            self._wake.notify_all()
+
+    def wait_for(self, uid: str, timeout: float) -> bool:
+        """Wait until the hub has accepted a row, whoever delivers it.
+
+        An ill hub is tried anew at once, and then more often, unless it has asked to be left alone.
+
+        Args:
+            uid: of the row; it may appear later.
+            timeout: seconds.
+
+        Returns:
+            Whether it has been accepted. False at once when it never will be.
+        """
+        deadline = time.monotonic() + timeout
+        with self._wake:
+            if self._illness is not None:
+                self._illness.failures = 0
+                self._illness.probe_at = self._illness.not_before
+        self.nudge()
+        while True:
+            try:
+                row = self._ledger.outbox_row(uid)
+            except Exception as error:  # noqa: BLE001 - whoever waits is about to end a run
+                report("hub", error, "cannot look into the outbox; trying again")
+                row = None
+            if row is not None and row.state == "delivered":
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0 or (row is not None and row.state in _SETTLED_FOR_GOOD):
+                return False
+            with self._wake:
+                self._wake.wait(min(left, 0.1))
+
+    def run_once(self, now: float | None = None) -> int:
+        """Send everything that may be sent now, and wait for the answers. For a dispatcher that is not started.
+
+        Args:
+            now: epoch seconds of a simulated clock; the real one when None.
+
+        Returns:
+            How many rows the hub has accepted meanwhile.
+        """
+        before = self._delivered
+        while True:
+            taken = self._pump(now)
+            with self._wake:
+                if not taken and not self._in_flight:
+                    return self._delivered - before
+                busy = self._in_flight
+                self._wake.wait_for(lambda busy=busy: self._in_flight < busy or not busy)  # type: ignore[misc]
+
+    # -- taking rows -------------------------------------------------------------------------------------------------
+
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            taken = self._pump(None)
+            with self._wake:
+                if not taken and not self._nudged and not stop.is_set():
+                    self._wake.wait(self._pause())
+                self._nudged = False
+
+    def _pause(self) -> float:
+        if self._illness is None:
+            return POLL_SECONDS
+        return min(POLL_SECONDS, max(0.01, self._illness.probe_at - self._clock()))
+
+    def _pump(self, now: float | None) -> int:
+        """Take rows and begin to send them. Returns how many."""
+        try:
+            self._expire(self._time(now))
+            rows, probe = self._take(self._time(now))
+        except Exception as error:  # noqa: BLE001 - this loop lives as long as the process
+            report("hub", error, "cannot take rows from the outbox; trying again")
+            return 0
+        for row in rows:
+            with self._wake:
+                self._in_flight += 1
+            try:
+                threading.Thread(
+                    target=self._deliver, args=(row, probe, now), name="flip-hub-call", daemon=True
+                ).start()
+            except RuntimeError as error:  # no more threads: the lease ends by itself
+                report("hub", error, "cannot start a thread for a call; trying again")
+                self._done(0)
+        return len(rows)
+
+    def _take(self, now: float) -> tuple[list[OutboxRow], bool]:
+        with self._wake:
+            free, illness = WORKERS - self._in_flight, self._illness
+        if illness is not None:
+            if free < WORKERS or now < illness.probe_at:
+                return [], True
+            return self._lease_probe(now), True
+        due = self._ledger.next_due() if free > 0 else None
+        if due is None or due > now:
+            return [], False
+        return self._ledger.lease(self._owner, now, LEASE_SECONDS, free), False
+
+    def _lease_probe(self, now: float) -> list[OutboxRow]:
+        # First what has not just been tried: a row that makes a healthy hub fail must not be its only probe for ever.
+        return self._ledger.lease(self._owner, now, LEASE_SECONDS, 1) or self._ledger.lease(
+            self._owner, now, LEASE_SECONDS, 1, ignore_backoff=True
+        )
+
+    def _expire(self, now: float) -> None:
+        if now < self._next_expiry:
+            return
+        self._next_expiry = now + EXPIRY_SECONDS
+        old = [
+            row
+            for row in self._ledger.outbox(states=["pending"], limit=EXPIRY_BATCH)
+            if not row.final and now - row.created > self._max_age
+        ]
+        for row in old:
+            current = self._ledger.outbox_row(row.uid)
+            if current is not None and current.state == "pending":  # another process is doing the same
+                self._settle(row, now, "expired", "expired", tuple(_end_facts(row, "expired")))
+        if old:
+            self._next_expiry = now  # there may be more
+
+    # -- sending rows ------------------------------------------------------------------------------------------------
+
+    def _deliver(self, row: OutboxRow, probe: bool, now: float | None) -> None:
+        delivered = 0
+        try:
+            try:
+                reply = self._transport.send(row)
+            except Exception as error:  # noqa: BLE001 - a transport does not raise, but the ones behind must not suffer
+                reply = Reply(error=type(error).__name__, unsendable=True)
+            verdict = classify(reply, row)
+            self._HANDLERS[verdict](self, row, reply, self._time(now))
+            if probe and not reply.unsendable and verdict is not Verdict.HUB_ILL:
+                self._recovered(self._time(now))
+            delivered = int(verdict is Verdict.DELIVERED)
+        except Exception as error:  # noqa: BLE001 - the lease ends by itself, and the row is sent again
+            report("hub", error, "cannot write down what the hub answered; the row will be sent again")
+        finally:
+            self._done(delivered)
+
+    def _done(self, delivered: int) -> None:
+        with self._wake:
+            self._in_flight -= 1
+            self._delivered += delivered
+            self._nudged = True
+            self._wake.notify_all()
+
+    def _on_delivered(self, row: OutboxRow, reply: Reply, now: float) -> None:
+        lag: Fact = ("hub_delivery_lag", max(0.0, now - row.created), {"kind": row.kind})
+        self._settle(row, now, "delivered", reply.outcome, (*_end_facts(row, "delivered"), lag))
+
+    def _on_rejected(self, row: OutboxRow, reply: Reply, now: float) -> None:
+        facts = tuple(_end_facts(row, "rejected"))
+        self._settle(row, now, "rejected", reply.outcome, facts, problem="hub_rejected")
+        if reply.unsendable:
+            report("hub", reply.outcome, f"a {row.kind} of model {row.model_id} cannot be sent and was given up")
+        elif row.kind == "status" or self._quiet.allows(f"{row.kind} {reply.outcome}"):
+            log.error("The hub rejected a %s of model %s with %s.", row.kind, row.model_id, reply.outcome)
+
+    def _on_back_off(self, row: OutboxRow, reply: Reply, now: float) -> None:
+        delay = max(self._jitter(row.attempts, MAX_ROW_SECONDS), reply.retry_after or 0.0)
+        self._settle(row, now, None, reply.outcome, _retry_facts(row), next_attempt=now + delay)
+        if reply.unsendable:
+            report("hub", reply.outcome, f"a final status of model {row.model_id} cannot be sent; trying again")
+        elif self._quiet.allows(f"{row.model_id} {reply.outcome}"):
+            log.warning(
+                "The hub answered a %s of model %s with %s; trying again.", row.kind, row.model_id, reply.outcome
+            )
+
+    def _on_hub_ill(self, row: OutboxRow, reply: Reply, now: float) -> None:
+        # Beyond the next probe, so that it will be another row's, and not long: another process may inherit this one.
+        again = self._fell_ill(reply, now) + self._rng.uniform(1.0, MAX_PROBE_SECONDS)
+        self._settle(row, now, None, reply.outcome, _retry_facts(row), next_attempt=again)
+        if self._quiet.allows(f"ill {reply.outcome}"):
+            hint = " Is INTERNAL_SERVICE_KEY right?" if reply.status in (401, 403) else ""
+            log.warning("The hub is ill (%s). What it must be told is kept and sent later.%s", reply.outcome, hint)
+
+    _HANDLERS: Mapping[Verdict, Callable[[Dispatcher, OutboxRow, Reply, float], None]] = {
+        Verdict.DELIVERED: _on_delivered,
+        Verdict.REJECTED: _on_rejected,
+        Verdict.BACK_OFF: _on_back_off,
+        Verdict.HUB_ILL: _on_hub_ill,
+    }
+
+    def _fell_ill(self, reply: Reply, now: float) -> float:
+        """Note a vain call. Returns when the hub is asked next."""
+        with self._wake:
+            illness = self._illness = self._illness or _Illness(now)
+            illness.not_before = max(illness.not_before, now + (reply.retry_after or 0.0))
+            if illness.probe_at <= now:  # else it is one of the calls that were under way when the hub fell ill
+                illness.probe_at = now + self._jitter(illness.failures, MAX_PROBE_SECONDS)
+                illness.failures += 1
+            illness.probe_at = max(illness.probe_at, illness.not_before)
+            return illness.probe_at
+
+    def _recovered(self, now: float) -> None:
+        with self._wake:
+            illness, self._illness = self._illness, None
+        released = self._ledger.release_backoff(now)
+        if illness is not None and self._quiet.allows("recovered"):
+            log.info("The hub answers again after %.0f s; %d waiting rows are due.", now - illness.since, released)
+
+    def _settle(
+        self,
+        row: OutboxRow,
+        now: float,
+        state: str | None,
+        outcome: str,
+        facts: tuple[Fact, ...],
+        *,
+        next_attempt: float = 0.0,
+        problem: str | None = None,
+    ) -> None:
+        def settle(facts: tuple[Fact, ...]) -> None:
+            self._ledger.settle(
+                row, now=now, state=state, outcome=outcome, next_attempt=next_attempt, facts=facts, problem=problem
+            )
+
+        try:
+            settle(facts)
+        except (KeyError, TypeError, ValueError) as error:  # a row too odd to be counted must still be settled
+            report("hub", error, "cannot count what became of a row")
+            settle(())
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def _time(self, now: float | None) -> float:
+        return self._clock() if now is None else now
+
+    def _jitter(self, attempts: int, most: float) -> float:
+        ceiling = min(most, FIRST_BACKOFF * 2.0 ** min(attempts, 16))
+        return max(MIN_BACKOFF, self._rng.uniform(0.0, ceiling))
