@@ -7,6 +7,7 @@ mode, and what :meth:`Ledger.append` returned from survives a SIGKILL of the pro
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -299,9 +300,17 @@ class Ledger:
         return self.path is None or self._file_inode() == self._inode
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection.
+
+        The last connection to a file removes the write-ahead log *by name*. When the file was deleted or set aside,
+        that name belongs to the ledger that took its place, so such a connection is left open for as long as the
+        process lives, beyond the reach of the garbage collector.
+        """
         with self._lock:
-            self._db.close()
+            if self.is_current():
+                self._db.close()
+            else:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._db))
 
     def __enter__(self) -> Ledger:
         return self

@@ -89,6 +89,7 @@ class RunRecorder:
         self._closed = False
         self._ledger: Ledger | None = None
         self._dispatcher: Dispatcher | None = None
+        self._dispatcher_ledger: Ledger | None = None
         self._fallback: _Fallback | None = None
         self._final_uid: str | None = None
         self._open()
@@ -225,12 +226,16 @@ class RunRecorder:
     def _open(self) -> None:
         try:
             self._ledger = Ledger.open_or_replace(self.directory, busy_ms=FL_THREAD_BUSY_MS)
-            self._dispatcher = Dispatcher(Ledger(self.directory), self._transport, self.settings)
-            self._dispatcher.start()
+            self._start_dispatcher()
         except LedgerError as error:
             report("ledger", error, f"{error} Statuses go to the hub from memory; other history of this run is at risk")
             self._degrade(type(error).__name__)
         self._write(self._registration())
+
+    def _start_dispatcher(self) -> None:
+        self._dispatcher_ledger = Ledger(self.directory)
+        self._dispatcher = Dispatcher(self._dispatcher_ledger, self._transport, self.settings)
+        self._dispatcher.start()
 
     def _write(self, entry: Entry) -> bool:
         """Write an entry, or queue it. Only a caller that holds ``_lock`` may call it. False: another one finalised."""
@@ -275,7 +280,7 @@ class RunRecorder:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or bool(self._backlog), timeout=1.0)
             try:
-                if ledger is None or not ledger.is_current():
+                if ledger is None or self._is_stale(ledger) or self._is_stale(self._ledger):
                     ledger = self._reopen(ledger)
                 if ledger is None:
                     continue
@@ -295,6 +300,10 @@ class RunRecorder:
                 self._fail(error, ledger)
                 ledger = None
 
+    @staticmethod
+    def _is_stale(ledger: Ledger | None) -> bool:
+        return ledger is not None and not ledger.is_current()
+
     def _drain(self, ledger: Ledger) -> None:
         while self._backlog:
             entry = self._backlog[0]
@@ -309,7 +318,7 @@ class RunRecorder:
 
     def _reopen(self, old: Ledger | None) -> Ledger | None:
         """(Re)open the ledger for the writer thread; after a failure, move everybody back onto the disk."""
-        if old is None and self._fallback is None:
+        if old is None and self._fallback is None and not self._is_stale(self._ledger):
             return Ledger(self.directory)
         try:
             ledger = Ledger.open_or_replace(self.directory)
@@ -324,16 +333,18 @@ class RunRecorder:
         if dispatcher is not None:
             dispatcher.stop(15.0)
         with self._lock:
-            if old is not None and self._ledger is not None:
+            if self._ledger is not None and self._is_stale(self._ledger):
                 _carry_over(self.identity.run_id, self._ledger, ledger)
             for entry in fallback.entries if fallback else ():
                 ledger.append(entry)
             if fallback is not None:
                 ledger.mark_delivered(fallback.delivered(), self.now())
                 fallback.spool.remove()
+            for stale in (old, self._ledger, self._dispatcher_ledger):
+                if stale is not None:
+                    stale.close()
             self._ledger = Ledger(self.directory, busy_ms=FL_THREAD_BUSY_MS)
-            self._dispatcher = Dispatcher(Ledger(self.directory), self._transport, self.settings)
-            self._dispatcher.start()
+            self._start_dispatcher()
             self._fallback = None
         return ledger
 
@@ -400,21 +411,31 @@ class _Fallback:
 
 def _carry_over(run_id: str, old: Ledger, new: Ledger) -> None:
     """Bring a run from a ledger that was deleted under us (it stays readable while it is open) into the new one."""
-    run = old.run(run_id)
-    if run is None:
+    try:
+        entries = _entries_of(run_id, old)
+    except LedgerError as error:
+        report("ledger", error, "cannot read the run's history from the ledger that was deleted or damaged")
         return
-    for row in old.events(run_id):
+    for entry in entries:
+        new.append(entry)
+
+
+def _entries_of(run_id: str, ledger: Ledger) -> list[Entry]:
+    run = ledger.run(run_id)
+    if run is None:
+        return []
+    columns = {name: run[name] for name in RUN_COLUMNS if run[name] is not None}
+    entries = [Entry(run_id, run["created"], run=columns, problems=run["problems"])]
+    for row in ledger.events(run_id):
         event = Event(row["name"], row["time"], row["attrs"], row["uid"])
         facts = tuple((name, value, labels) for name, value, labels in row["facts"])
-        new.append(Entry(run_id, event.time, event, facts))
-    columns = {name: run[name] for name in RUN_COLUMNS if run[name] is not None}
-    new.append(Entry(run_id, run["created"], run=columns, problems=run["problems"]))
+        entries.append(Entry(run_id, event.time, event, facts))
     waiting = tuple(
         OutboxItem(row.model_id, row.kind, row.payload, row.final, row.uid)
-        for row in old.outbox(run_id=run_id, states=["pending"])
+        for row in ledger.outbox(run_id=run_id, states=["pending"])
     )
     final, by = run["final_status"], run["final_by"]
-    new.append(Entry(run_id, run["final_time"] or time.time(), final_status=final, final_by=by, outbox=waiting))
+    return [*entries, Entry(run_id, run["final_time"] or time.time(), final_status=final, final_by=by, outbox=waiting)]
 
 
 def new_run_id(job_id: str | None) -> str:
