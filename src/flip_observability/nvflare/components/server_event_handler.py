@@ -12,9 +12,11 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.widgets.validation_json_generator import ValidationJsonGenerator as FlareJsonGenerator
 
+from flip_observability.client import FLIP, attach
 from flip_observability.constants import FlareEvents, FlipEvents, ModelStatus, OwnEvents
 from flip_observability.errors import report
-from flip_observability.hub import FLIP, Transport, UnreachableHub, attach
+from flip_observability.hub import Reply, Transport
+from flip_observability.ledger import OutboxRow
 from flip_observability.lifecycle import TABLE, Ending, UploadOutcome, decide_ending
 from flip_observability.nvflare import context
 from flip_observability.nvflare.model_id import resolve_model_id
@@ -152,7 +154,7 @@ class ServerEventHandler(FLComponent):
                 settings = Settings.load()
             except SettingsError as error:
                 # What cannot be sent from here stays in the ledger, for a process with better settings.
-                problem, settings, transport = str(error), Settings.model_construct(), UnreachableHub()
+                problem, settings, transport = str(error), Settings.model_construct(), _NoHub()
             job_id = context.job_id_of(fl_ctx)
             run_id = new_run_id(job_id)
             model_id = resolve_model_id(fl_ctx, self.model_id)
@@ -287,6 +289,13 @@ _AFTER = {
     FlipEvents.SEND_RESULT.value: ServerEventHandler._relay_metric,
 }
 """What the handler itself still does after an event is recorded."""
+
+
+class _NoHub:
+    """Stands in for a hub that the settings do not tell how to reach: everything waits in the ledger."""
+
+    def send(self, row: OutboxRow) -> Reply:
+        return Reply(error="SettingsError")
 
 
 class _ForeignClient:

@@ -1,0 +1,415 @@
+"""The handler on contexts of every kind: complete, poor, hostile. Whole jobs are in the tests of the demo."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nvflare.apis.dxo import DXO, DataKind
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+from nvflare.apis.fl_context import FLContext, FLContextManager
+from nvflare.apis.signal import Signal
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.widgets.validation_json_generator import ValidationJsonGenerator as FlareJsonGenerator
+
+from flip_observability.constants import FlipEvents, ModelStatus
+from flip_observability.demo.hub import EmbeddedHub
+from flip_observability.ledger import Ledger
+from flip_observability.nvflare.components import ServerEventHandler
+from flip_observability.results import ResultsUploadError
+
+MODEL = str(uuid.uuid4())
+
+
+class Generator:
+    def __init__(self, raises: BaseException | None = None, failed: bool = False) -> None:
+        self.events: list[str] = []
+        self.raises = raises
+        self.failed = failed
+
+    def handle_evaluation_events(self, event_type: str, fl_ctx: FLContext) -> None:
+        self.events.append(event_type)
+        if self.raises:
+            raise self.raises
+
+    def all_tasks_failed(self) -> bool:
+        return self.failed
+
+
+class Persist:
+    def __init__(self, raises: BaseException | None = None) -> None:
+        self.raises = raises
+        self.calls = 0
+
+    def execute(self, fl_ctx: FLContext) -> None:
+        self.calls += 1
+        if self.raises:
+            raise self.raises
+
+
+class Client:
+    """A client object of the job's own."""
+
+    def __init__(self) -> None:
+        self.statuses: list[str] = []
+
+    def update_status(self, model_id: str, status: ModelStatus) -> None:
+        assert model_id == MODEL
+        self.statuses.append(status.value)
+
+
+class Engine:
+    """As much of NVFLARE's engine as the components ask for; it fires events as NVFLARE does, back into the handler."""
+
+    def __init__(self, **components: Any) -> None:
+        self.components = components
+        self.handler: ServerEventHandler | None = None
+        self.fired: list[tuple[str, Any]] = []
+
+    def get_component(self, component_id: str) -> Any:
+        return self.components.get(component_id)
+
+    def fire_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        self.fired.append((event_type, fl_ctx.get_prop(FLContextKey.EVENT_DATA)))
+        if self.handler:
+            self.handler.handle_event(event_type, fl_ctx)
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in (
+        "FLIP_API_INTERNAL_URL",
+        "INTERNAL_SERVICE_KEY",
+        "UPLOADED_FEDERATED_DATA_BUCKET",
+        "FLIP_HUB_CONTRACT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_DEV", "true")
+    monkeypatch.setenv("FLIP_OBSERVABILITY_DIR", str(tmp_path / "ledger"))
+    yield
+    from flip_observability.client import detach
+
+    detach()
+
+
+def context(engine: Engine | None, job_id: str = "simulate_job", **props: Any) -> FLContext:
+    manager = FLContextManager(engine=engine, identity_name="server", job_id=job_id)
+    fl_ctx = manager.new_context()
+    for key, value in props.items():
+        fl_ctx.set_prop(key, value, private=True, sticky=False)
+    return fl_ctx
+
+
+def make(
+    client: Any = None, generator: Any = None, persist: Any = None, model_id: str = MODEL
+) -> tuple[ServerEventHandler, Engine]:
+    handler = ServerEventHandler(model_id, flip=client)
+    engine = Engine(json_generator=generator or Generator(), persist_and_cleanup=persist or Persist())
+    engine.handler = handler
+    return handler, engine
+
+
+def run(handler: ServerEventHandler, engine: Engine, *events: str, aborted: bool = False) -> None:
+    for event in events:
+        fl_ctx = context(engine)
+        signal = Signal()
+        if aborted:
+            signal.trigger("abort")
+        fl_ctx.set_prop(ReservedKey.RUN_ABORT_SIGNAL, signal, private=True, sticky=False)
+        handler.handle_event(event, fl_ctx)
+
+
+END = (EventType.ABOUT_TO_END_RUN, EventType.END_RUN)
+TRAINING = (
+    EventType.START_RUN,
+    FlipEvents.TRAINING_INITIATED,
+    AppEventType.INITIAL_MODEL_LOADED,
+    AppEventType.TRAINING_STARTED,
+)
+
+
+def test_a_good_run() -> None:
+    client, generator, persist = Client(), Generator(), Persist()
+    handler, engine = make(client, generator, persist)
+    run(handler, engine, *TRAINING, "_something_else", *END)
+    assert client.statuses == ["INITIATED", "PREPARED", "TRAINING_STARTED", "RESULTS_UPLOADED"]
+    assert handler.final_status is ModelStatus.RESULTS_UPLOADED
+    assert generator.events == [*map(str, TRAINING), "_something_else", *END]
+    assert persist.calls == 1
+
+
+UPLOAD_ERROR = ResultsUploadError("Unexpected failure uploading results to S3", reason="access_denied")
+
+
+@pytest.mark.parametrize(
+    ("raised", "fatal", "aborted", "all_failed", "final"),
+    [
+        (None, False, False, False, "RESULTS_UPLOADED"),
+        (None, True, True, False, "ERROR"),
+        (None, False, True, False, "STOPPED"),
+        (UPLOAD_ERROR, False, True, False, "STOPPED"),
+        (None, False, False, True, "ERROR"),
+        (UPLOAD_ERROR, False, False, False, "ERROR"),
+        (RuntimeError("anything"), False, False, False, "ERROR"),
+        (SystemExit(3), False, False, False, "ERROR"),
+        (KeyboardInterrupt(), False, False, False, "ERROR"),
+    ],
+)
+def test_rule_3(raised: BaseException | None, fatal: bool, aborted: bool, all_failed: bool, final: str) -> None:
+    client = Client()
+    handler, engine = make(client, Generator(failed=all_failed), Persist(raised))
+    run(handler, engine, *TRAINING)
+    if fatal:
+        run(handler, engine, EventType.FATAL_SYSTEM_ERROR)
+    run(handler, engine, *END, aborted=aborted)
+    assert client.statuses[-1] == final
+    assert sum(status in {"ERROR", "STOPPED", "RESULTS_UPLOADED"} for status in client.statuses) == 1
+
+
+def test_upload_failed_is_spelled_by_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLIP_HUB_CONTRACT", "2026-10")
+    client = Client()
+    handler, engine = make(client, persist=Persist(UPLOAD_ERROR))
+    run(handler, engine, EventType.START_RUN, *END)
+    assert client.statuses == ["RESULTS_UPLOAD_FAILED"]
+    with Ledger(tmp_path / "ledger") as ledger:
+        facts = [fact for row in ledger.events() for fact in row["facts"]]
+    assert ["upload_failure", 1, {"reason": "access_denied"}] in facts
+
+
+@pytest.mark.parametrize("model_id", ["nonsense", "../x", "x" * 10_000, "3f0c1a52-6f6f-4a39-8d0a"])
+def test_a_model_id_that_is_no_uuid(model_id: str) -> None:
+    class Accepts(Client):
+        def update_status(self, model_id: str, status: ModelStatus) -> None:
+            self.statuses.append(status.value)
+
+    client = Accepts()
+    with pytest.raises(ValueError, match="is not a valid UUID") as caught:
+        ServerEventHandler(model_id, flip=client)
+    assert client.statuses == ["ERROR"]
+    assert len(str(caught.value)) < 200
+
+
+def test_any_spelling_of_a_uuid_is_sent_in_its_canonical_form() -> None:
+    assert ServerEventHandler("{" + MODEL.upper() + "}").model_id == MODEL
+    assert ServerEventHandler(MODEL.replace("-", "")).model_id == MODEL
+
+
+def test_no_model_id_in_local_dev_is_the_run_id() -> None:
+    handler, engine = make(model_id="")
+    run(handler, engine, EventType.START_RUN, *END)
+    assert uuid.UUID(handler.model_id)
+    assert [event for event, _ in engine.fired if event == EventType.FATAL_SYSTEM_ERROR] == []
+
+
+def test_no_model_id_with_a_hub_fails_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_DEV", "false")
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY", "secret-key")
+    handler, engine = make(model_id="")
+    run(handler, engine, EventType.START_RUN)
+    panics = [data for event, data in engine.fired if event == EventType.FATAL_SYSTEM_ERROR]
+    assert len(panics) == 1
+    assert panics[0].startswith("No model id")
+    assert handler.fatal_error
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("FLIP_API_INTERNAL_URL", "hub.example/api", "FLIP_API_INTERNAL_URL: needs a scheme"),
+        ("INTERNAL_SERVICE_KEY", "", "INTERNAL_SERVICE_KEY: is empty"),
+        ("UPLOADED_FEDERATED_DATA_BUCKET", "http://bucket", "UPLOADED_FEDERATED_DATA_BUCKET"),
+        ("FLIP_HUB_CONTRACT", "1999", "FLIP_HUB_CONTRACT"),
+        ("FLIP_RETENTION_DAYS", "-1", "FLIP_RETENTION_DAYS"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_panic_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str, told: str, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LOCAL_DEV", "false")
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY", "secret-key")
+    monkeypatch.setenv(name, value)
+    handler, engine = make()
+    run(handler, engine, *TRAINING, *END)
+    panics = [data for event, data in engine.fired if event == EventType.FATAL_SYSTEM_ERROR]
+    assert len(panics) == 1
+    assert told in panics[0]
+    assert "secret-key" not in panics[0] + caplog.text
+    with Ledger(tmp_path / "ledger") as ledger:
+        # What cannot be sent from here is kept for a process with better settings.
+        assert [row.payload for row in ledger.outbox(states=["pending"], kind="status")] == [{"status": "ERROR"}]
+
+
+@pytest.mark.parametrize(
+    ("components", "told"),
+    [
+        ({"persist_and_cleanup": Persist()}, "must have 'handle_evaluation_events' method, found NoneType"),
+        ({"json_generator": object(), "persist_and_cleanup": Persist()}, "must have 'handle_evaluation_events' method"),
+        ({"json_generator": Generator()}, "must be PersistToS3AndCleanup, found NoneType"),
+        (
+            {"json_generator": Generator(), "persist_and_cleanup": Generator()},
+            "must be PersistToS3AndCleanup, found Gen",
+        ),
+    ],
+)
+def test_a_missing_or_wrong_component_is_one_panic_without_recursion(components: dict[str, Any], told: str) -> None:
+    client = Client()
+    handler = ServerEventHandler(MODEL, flip=client)
+    engine = Engine(**components)
+    engine.handler = handler
+    run(handler, engine, *TRAINING, *END)
+    panics = [data for event, data in engine.fired if event == EventType.FATAL_SYSTEM_ERROR]
+    assert len(panics) == 1
+    assert told in panics[0]
+    assert client.statuses[-1] == "ERROR"
+
+
+def test_nvflares_own_generator_drives_itself() -> None:
+    client = Client()
+    handler, engine = make(client, FlareJsonGenerator())
+    run(handler, engine, *TRAINING, *END)
+    assert client.statuses[-1] == "RESULTS_UPLOADED"
+    assert engine.fired == []
+
+
+@pytest.mark.parametrize("error", [ValueError("patient 4711"), SystemExit(1), KeyboardInterrupt()])
+def test_a_generator_that_raises_does_not_stop_the_lifecycle(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client()
+    handler, engine = make(client, Generator(raises=error))
+    run(handler, engine, *TRAINING, *END)
+    assert client.statuses == ["INITIATED", "PREPARED", "TRAINING_STARTED", "RESULTS_UPLOADED"]
+    assert "4711" not in caplog.text
+
+
+def test_poor_contexts_are_no_problem(tmp_path: Path) -> None:
+    client = Client()
+    handler = ServerEventHandler(MODEL, flip=client)
+    for event in (*TRAINING, AppEventType.ROUND_STARTED, EventType.AFTER_TASK_DATA_FILTER, FlipEvents.SEND_RESULT):
+        handler.handle_event(event, FLContext())
+    handler.handle_event(EventType.ABOUT_TO_END_RUN, FLContext())
+    handler.handle_event(EventType.END_RUN, FLContext())
+    # Without an engine there is no persist component: an ERROR, but told.
+    assert client.statuses[-1] == "ERROR"
+    with Ledger(tmp_path / "ledger") as ledger:
+        assert ledger.runs()[0]["round"] == 1
+
+
+def test_events_before_start_twice_and_from_eight_threads(tmp_path: Path) -> None:
+    client, persist = Client(), Persist()
+    handler, engine = make(client, persist=persist)
+    events = [AppEventType.ROUND_STARTED, *TRAINING, *TRAINING, *END, *END]
+    threads = [threading.Thread(target=run, args=(handler, engine, *events)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    order = ["INITIATED", "PREPARED", "TRAINING_STARTED", "RESULTS_UPLOADED", "ERROR"]
+    ranks = [min(order.index(status), 3) for status in client.statuses]
+    assert ranks == sorted(set(ranks))
+    assert persist.calls == 1
+    with Ledger(tmp_path / "ledger") as ledger:
+        facts = [fact[0] for row in ledger.events() for fact in row["facts"]]
+        assert [run["final_status"] for run in ledger.runs()] == [client.statuses[-1]]
+    assert facts.count("run_started") == facts.count("run_finished") == 1
+
+
+def test_end_run_without_about_to_end_run_is_an_error_and_not_the_end() -> None:
+    client, persist = Client(), Persist()
+    handler, engine = make(client, persist=persist)
+    run(handler, engine, EventType.START_RUN, EventType.END_RUN)
+    assert (client.statuses, persist.calls) == ([], 0)
+    run(handler, engine, *END)
+    assert (client.statuses, persist.calls) == (["ERROR"], 1)
+
+
+def test_a_hanging_client_object_holds_nobody_up() -> None:
+    stop = threading.Event()
+
+    class Hangs(Client):
+        def update_status(self, model_id: str, status: ModelStatus) -> None:
+            stop.wait(60)
+
+    handler, engine = make(Hangs())
+    thread = threading.Thread(target=run, args=(handler, engine, *TRAINING, *END))
+    thread.start()
+    thread.join(30)
+    stop.set()
+    assert not thread.is_alive()
+    assert handler.final_status is ModelStatus.RESULTS_UPLOADED
+
+
+def test_a_client_object_that_raises_is_logged_by_type_only(caplog: pytest.LogCaptureFixture) -> None:
+    class Raises(Client):
+        def update_status(self, model_id: str, status: ModelStatus) -> None:
+            raise RuntimeError("patient 4711")
+
+    handler, engine = make(Raises())
+    run(handler, engine, *TRAINING, *END)
+    assert handler.final_status is ModelStatus.RESULTS_UPLOADED
+    assert "4711" not in caplog.text
+
+
+def test_lines_that_users_grep_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    handler, engine = make(Client())
+    run(handler, engine, *TRAINING, AppEventType.TRAINING_FINISHED, FlipEvents.RESULTS_UPLOAD_COMPLETED)
+    run(handler, engine, EventType.FATAL_SYSTEM_ERROR, FlipEvents.ABORTED, *END)
+    for line in (
+        *("Start run event received", "Training initiated", "Initial model loaded", "Training started"),
+        *("Training finished", "Results upload completed", "Fatal system error", "Aborted", "End run"),
+    ):
+        assert line in caplog.text
+
+
+def test_client_metrics_are_relayed_with_round_and_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    with EmbeddedHub() as hub:
+        monkeypatch.setenv("LOCAL_DEV", "false")
+        monkeypatch.setenv("FLIP_API_INTERNAL_URL", hub.url)
+        monkeypatch.setenv("INTERNAL_SERVICE_KEY", hub.key)
+        handler, engine = make()
+        run(handler, engine, EventType.START_RUN)
+        handler.handle_event(AppEventType.ROUND_STARTED, context(engine, **{AppConstants.CURRENT_ROUND: 1}))
+        data = DXO(DataKind.METRICS, data={"label": "LOSS_FUNCTION", "value": 0.25}).to_shareable()
+        data.set_peer_props({ReservedKey.IDENTITY_NAME: "site-2"})
+        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, **{FLContextKey.EVENT_DATA: data}))
+        nonsense = DXO(DataKind.METRICS, data={"label": "LOSS_FUNCTION", "value": float("nan")}).to_shareable()
+        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, **{FLContextKey.EVENT_DATA: nonsense}))
+        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, **{FLContextKey.EVENT_DATA: "no shareable"}))
+        run(handler, engine, *END)
+        assert hub.wait(lambda h: bool(h.payloads(MODEL, "metrics")))
+        assert [dict(p) for p in hub.payloads(MODEL, "metrics")] == [
+            {"trust": "Trust_2", "globalRound": 2, "label": "LOSS_FUNCTION", "result": 0.25}
+        ]
+        assert hub.statuses(MODEL)[-1] == "RESULTS_UPLOADED"
+
+
+def test_a_status_that_the_jobs_code_gives_to_the_client_is_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flip_observability import FLIP
+
+    with EmbeddedHub() as hub:
+        monkeypatch.setenv("LOCAL_DEV", "false")
+        monkeypatch.setenv("FLIP_API_INTERNAL_URL", hub.url)
+        monkeypatch.setenv("INTERNAL_SERVICE_KEY", hub.key)
+        handler, engine = make()
+        run(handler, engine, *TRAINING)
+        FLIP().update_status(MODEL, ModelStatus.INITIATED)  # backwards: recorded, not sent
+        FLIP().update_status(MODEL, ModelStatus.ERROR)
+        run(handler, engine, *END)
+        statuses = hub.statuses(MODEL)
+        assert statuses[-1] == "ERROR"
+        assert statuses.count("INITIATED") <= 1
+        assert "RESULTS_UPLOADED" not in statuses
+        assert handler.final_status is ModelStatus.ERROR
+
+
+def test_a_job_export_does_not_write_the_client() -> None:
+    assert "flip" not in vars(ServerEventHandler(MODEL, flip=Client()))
