@@ -19,16 +19,16 @@ from flip_observability.hub import Reply, Transport
 from flip_observability.ledger import OutboxRow
 from flip_observability.lifecycle import TABLE, Ending, UploadOutcome, decide_ending
 from flip_observability.nvflare import context
+from flip_observability.nvflare.flip_client import UsesFlip
 from flip_observability.nvflare.model_id import resolve_model_id
 from flip_observability.recorder import RunIdentity, RunRecorder, new_run_id
 from flip_observability.settings import LEDGER_FOLDER, Settings, SettingsError
-from flip_observability.utils import canonical_uuid, is_valid_uuid
 
 FOREIGN_CLIENT_SECONDS = 1.0
 """How long an event waits for a client object that the job brought itself."""
 
 
-class ServerEventHandler(FLComponent):
+class ServerEventHandler(UsesFlip, FLComponent):
     """Drives FLIP's statuses and the persistence of results from NVFLARE's events.
 
     An ``FLComponent`` of the job's ``config_fed_server.json``, listed last. It never raises into the run and never
@@ -53,14 +53,14 @@ class ServerEventHandler(FLComponent):
         flip: Any = None,
     ) -> None:
         super().__init__()
-        self.model_id = model_id
+        self._hub_client = flip
+        self.model_id = self._accept_model_id(model_id)
         self.validation_json_generator_id = validation_json_generator_id
         self.validation_json_generator: Any = None
         self.persist_and_cleanup_id = persist_and_cleanup_id
         self.persist_and_cleanup: Any = None
         self.fatal_error = False
         self.final_status: ModelStatus | None = None
-        self._flip = flip
         self._recorder: RunRecorder | None = None
         self._foreign: _ForeignClient | None = None
         self._looked_up = False
@@ -68,21 +68,6 @@ class ServerEventHandler(FLComponent):
         self._ending = False
         self._panicked: set[str] = set()
         self._lock = threading.RLock()
-        if model_id:
-            if not is_valid_uuid(model_id):
-                self._refuse(model_id)
-            self.model_id = canonical_uuid(model_id)
-
-    @property
-    def flip(self) -> Any:
-        """The client object. Not an attribute of the constructor's name, so that a job export does not write it."""
-        if self._flip is None:
-            self._flip = FLIP()
-        return self._flip
-
-    @flip.setter
-    def flip(self, client: Any) -> None:
-        self._flip = client
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Take one event of NVFLARE's; most are none of ours and cost a look-up."""
@@ -96,15 +81,6 @@ class ServerEventHandler(FLComponent):
             report("handler", error, f"cannot handle {event_type}; the run goes on")
 
     # -- beginnings --------------------------------------------------------------------------------------------------
-
-    def _refuse(self, model_id: object) -> None:
-        if self._flip is not None:
-            try:
-                self._flip.update_status(model_id, ModelStatus.ERROR)
-            except Exception as error:  # noqa: BLE001 - most clients refuse what is no UUID
-                report("handler", error, "the client does not take a status for a model id that is no UUID")
-        shown = str(model_id)[:100]
-        raise ValueError(f"model_id {shown!r} is not a valid UUID")
 
     def _look_up(self, fl_ctx: FLContext) -> None:
         """Find the components that this one drives; once, when there is an engine to ask."""
@@ -161,7 +137,7 @@ class ServerEventHandler(FLComponent):
             if model_id is None and settings.local_dev and problem is None:
                 model_id = run_id
             self.model_id = model_id or self.model_id
-            foreign = self._flip is not None and not isinstance(self._flip, FLIP)
+            foreign = self._hub_client is not None and not isinstance(self._hub_client, FLIP)
             recorder = RunRecorder(
                 RunIdentity(run_id, job_id, model_id, settings.net_id, context.run_directory(fl_ctx)),
                 settings,
@@ -219,7 +195,7 @@ class ServerEventHandler(FLComponent):
 
     def _tell_foreign(self, status: ModelStatus, seconds: float = FOREIGN_CLIENT_SECONDS) -> None:
         if self._foreign is not None:
-            self._foreign.update_status(self._flip, self.model_id, status, seconds)
+            self._foreign.update_status(self._hub_client, self.model_id, status, seconds)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
