@@ -1,0 +1,450 @@
+"""The client object that FLIP's server-side code calls: ``FLIP().update_status(model_id, status)`` and its companions.
+
+It sends nothing itself. What the hub must be told goes to the recorder of the run in this process, which
+:func:`attach` names, or, where there is none, into an outbox of this process's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from flip_observability.constants import FINAL_STATUSES, ModelStatus, OwnEvents
+from flip_observability.errors import report
+from flip_observability.hub import Dispatcher, transport_for
+from flip_observability.ledger import Entry, Ledger, LedgerError, OutboxItem
+from flip_observability.lifecycle import Event, fold
+from flip_observability.results import Destination, Receipt, ResultsUploadError, upload_results
+from flip_observability.settings import LEDGER_FOLDER, Settings
+from flip_observability.spool import Spool
+from flip_observability.utils import canonical_uuid
+
+log = logging.getLogger(__name__)
+
+MAX_LOG_CHARACTERS = 65_536
+"""Of a text for the hub's log; what is longer loses its middle."""
+MAX_NAME_CHARACTERS = 1_000
+MAX_LABEL_CHARACTERS = 64
+"""Of a label of the x axis, as the contract has it."""
+MAX_ROUND = 2**31 - 1
+MAX_WAITED_FOR = 100
+"""Models whose latest status :meth:`FLIP.flush` waits for."""
+
+
+class StatusSink(Protocol):
+    """Where the client's calls go. It may also have ``multipart(key, upload_id)`` and ``upload_progress(sent, total)``,
+    which are told of an upload, and ``directory``, the ledger's folder.
+    """
+
+    def post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool) -> None: ...
+
+
+class CleanupError(Exception):
+    """A folder could not be removed."""
+
+
+class NotOnThisSideError(NotImplementedError):
+    """A call that belongs to the hospitals' side of FLIP."""
+
+
+_lock = threading.Lock()
+_attached: StatusSink | None = None
+_own: tuple[int, Outbox] | None = None
+
+
+def attach(sink: StatusSink) -> None:
+    """From now on everything that clients of this process are told goes to ``sink``."""
+    global _attached
+    with _lock:
+        _attached = sink
+
+
+def detach(sink: StatusSink | None = None) -> None:
+    """Undo :func:`attach`.
+
+    Args:
+        sink: only when this is the one that is attached; None for whichever it is.
+    """
+    global _attached
+    with _lock:
+        if sink is None or _attached is sink:
+            _attached = None
+
+
+def _sink_for(settings: Callable[[], Settings]) -> StatusSink:
+    global _own
+    with _lock:
+        if _attached is not None:
+            return _attached
+        if _own is None or _own[0] != os.getpid():  # a forked child has neither the threads nor the right to the file
+            loaded = settings()
+            _own = os.getpid(), Outbox(loaded, loaded.directory or Path(LEDGER_FOLDER))
+        return _own[1]
+
+
+class FLIP:
+    """FLIP's client. Any number of them share what the process has: making one costs nothing.
+
+    Args:
+        settings: read from the environment when first needed, if None.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings
+
+    @property
+    def settings(self) -> Settings:
+        """What the environment says.
+
+        Raises:
+            SettingsError: naming the variables that cannot be used.
+        """
+        if self._settings is None:
+            self._settings = Settings.load()
+        return self._settings
+
+    def update_status(self, model_id: str, status: ModelStatus | str) -> None:
+        """Tell the hub a model's status. It is durable when this returns, and sent until the hub has accepted it.
+
+        Args:
+            model_id: the model's UUID.
+            status: a member of :class:`ModelStatus`, or its value.
+
+        Raises:
+            ValueError: for a model id that is no UUID, and for a status that is none.
+            SettingsError: outside a run, when the environment cannot be used.
+        """
+        model_id = _model_id(model_id)
+        try:
+            known = ModelStatus(str(status))
+        except ValueError:
+            raise ValueError(f"Invalid status: expected one of {', '.join(ModelStatus)}") from None
+        self._post("status", model_id, {"status": known.value}, known in FINAL_STATUSES)
+
+    def send_metrics(
+        self,
+        client_name: str,
+        model_id: str,
+        label: str,
+        value: float,
+        round: int,  # noqa: A002 - FLIP's name
+        *,
+        x_value: float | None = None,
+        x_label: str | None = None,
+    ) -> None:
+        """Send one value of a metric to the hub. One that no hub would take is logged and forgotten.
+
+        Args:
+            client_name: NVFLARE's name of the client it comes from.
+            model_id: the model's UUID.
+            label: which metric.
+            value: a finite number.
+            round: the global round.
+            x_value: where it lies on the x axis, for hubs that take it; the round when None.
+            x_label: what the x axis is, up to 64 characters.
+
+        Raises:
+            ValueError: for a model id that is no UUID.
+            SettingsError: outside a run, when the environment cannot be used.
+        """
+        model_id = _model_id(model_id)
+        try:
+            payload: dict[str, Any] = {
+                "client": _name(client_name, "client name"),
+                "round": _round(round),
+                "label": _name(label, "label"),
+                "value": _finite(value, "value"),
+            }
+            if x_value is not None:
+                payload["x_value"] = _finite(x_value, "x value")
+            if x_label is not None:
+                payload["x_label"] = _name(x_label, "x label", MAX_LABEL_CHARACTERS)
+        except ValueError as error:  # its text is one of ours
+            log.warning("A metric of model %s was not sent: %s.", model_id, error)
+            return
+        self._post("metric", model_id, payload)
+
+    def send_handled_exception(self, formatted_exception: str, client_name: str, model_id: str) -> None:
+        """Send the text of an exception to the hub's log of a model. It goes there and nowhere else.
+
+        Args:
+            formatted_exception: the text; from one that is very long the middle is left out.
+            client_name: NVFLARE's name of the client where it happened.
+            model_id: the model's UUID.
+
+        Raises:
+            TypeError: when text or client name is no ``str``.
+            ValueError: for a model id that is no UUID.
+            SettingsError: outside a run, when the environment cannot be used.
+        """
+        if not isinstance(formatted_exception, str):
+            raise TypeError(f"formatted_exception must be a str, not {type(formatted_exception).__name__}")
+        if not isinstance(client_name, str):
+            raise TypeError(f"client_name must be a str, not {type(client_name).__name__}")
+        model_id = _model_id(model_id)
+        payload = {"client": _sayable(client_name)[:MAX_NAME_CHARACTERS], "log": _shortened(formatted_exception)}
+        self._post("log", model_id, payload)
+
+    def upload_results_to_s3(self, results_folder: str | os.PathLike[str], model_id: str) -> Receipt:
+        """Upload a run directory, verified, and return when it has arrived. Nothing in the directory changes.
+
+        With ``LOCAL_DEV`` it goes to the folder ``results`` beside the ledger, unless the bucket setting is a folder.
+
+        Args:
+            results_folder: the run directory.
+            model_id: the model's UUID.
+
+        Returns:
+            Where the archive is, its size and its checksum.
+
+        Raises:
+            ResultsUploadError: whatever went wrong; the cause is chained, the reason an attribute.
+        """
+        try:
+            canonical = canonical_uuid(model_id)
+            if canonical is None:
+                raise ResultsUploadError("other", "the model id is no UUID")
+            sink = _sink_for(lambda: self.settings)
+            return upload_results(
+                Path(results_folder),
+                self._destination(sink),
+                canonical,
+                on_progress=getattr(sink, "upload_progress", None),
+                on_multipart=getattr(sink, "multipart", None),
+            )
+        except ResultsUploadError:
+            raise
+        except Exception as error:
+            raise ResultsUploadError("other", type(error).__name__) from error
+
+    def cleanup(self, path: str | os.PathLike[str]) -> None:
+        """Remove a folder with all that is in it. With ``LOCAL_DEV`` it is only said.
+
+        Args:
+            path: the folder.
+
+        Raises:
+            CleanupError: "Failed to clean up path…", the cause chained.
+            SettingsError: when the environment cannot be used.
+        """
+        if self.settings.local_dev:
+            log.info("LOCAL_DEV: %s is not removed", path)
+            return
+        try:
+            shutil.rmtree(path)
+        except Exception as error:
+            raise CleanupError(f"Failed to clean up path {os.fspath(path)} ({type(error).__name__})") from error
+
+    def flush(self, seconds: float) -> bool:
+        """For a script that ends right after it has told a status: wait for the hub.
+
+        Args:
+            seconds: to wait at most.
+
+        Returns:
+            Whether the hub has accepted every status that was told outside a run. The others stay in the outbox.
+        """
+        with _lock:
+            own = _own
+        return own is None or own[0] != os.getpid() or own[1].flush(seconds)
+
+    def get_dataframe(self, *_: Any, **__: Any) -> NoReturn:
+        """Not on this side: always raises :class:`NotOnThisSideError`."""
+        _not_on_this_side("get_dataframe")
+
+    def get_by_accession_number(self, *_: Any, **__: Any) -> NoReturn:
+        """Not on this side: always raises :class:`NotOnThisSideError`."""
+        _not_on_this_side("get_by_accession_number")
+
+    def add_resource(self, *_: Any, **__: Any) -> NoReturn:
+        """Not on this side: always raises :class:`NotOnThisSideError`."""
+        _not_on_this_side("add_resource")
+
+    def _post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool = False) -> None:
+        sink = _sink_for(lambda: self.settings)
+        try:
+            sink.post(kind, model_id, payload, final)
+        except Exception as error:  # noqa: BLE001 - the caller is a run, and the run goes on
+            report("client", error, f"a {kind} of model {model_id} could not be kept for the hub")
+
+    def _destination(self, sink: StatusSink) -> Destination:
+        configured = Destination.parse(self.settings.bucket)
+        if not self.settings.local_dev or configured.scheme == "file":
+            return configured
+        folder = getattr(sink, "directory", None) or self.settings.directory or Path(LEDGER_FOLDER)
+        return Destination("file", directory=Path(folder).absolute() / "results")
+
+
+class Outbox:
+    """The outbox of a process that records no run: a ledger shared with other processes, and a dispatcher.
+
+    What the ledger cannot take is sent from memory, and kept in a spool file beside it.
+
+    Args:
+        settings: of this server.
+        directory: the ledger's folder.
+    """
+
+    def __init__(self, settings: Settings, directory: Path) -> None:
+        self.directory = directory
+        self._settings = settings
+        self._transport = transport_for(settings)
+        self._lock = threading.Lock()
+        self._ledger: Ledger | None = None
+        self._dispatcher_ledger: Ledger | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._memory: Ledger | None = None
+        self._memory_dispatcher: Dispatcher | None = None
+        self._spool = Spool(directory)
+        self._statuses: dict[str, tuple[str, Dispatcher]] = {}
+        try:
+            self._ledger = Ledger.open_or_replace(directory)
+            self._dispatcher_ledger = Ledger(directory)
+            self._dispatcher = self._start(self._dispatcher_ledger)
+        except LedgerError as error:
+            report("client", error, f"{error} What the hub must be told is sent from memory")
+
+    def post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool) -> None:
+        """Keep something for the hub. A status joins the model's newest run, as long as that has no final one."""
+        item = OutboxItem(model_id, kind, payload, final)
+        with self._lock:
+            dispatcher = self._keep(item)
+            if dispatcher is not None and kind == "status":
+                self._statuses[model_id] = item.uid, dispatcher  # when the last one has arrived, so have those before
+                if len(self._statuses) > MAX_WAITED_FOR:
+                    self._statuses.pop(next(iter(self._statuses)))
+        if dispatcher is not None:
+            dispatcher.nudge()
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until the hub has accepted the statuses posted so far, at most ``seconds``."""
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            waiting = dict(self._statuses)
+        done = True
+        for uid, dispatcher in waiting.values():
+            done = dispatcher.wait_for(uid, max(0.0, deadline - time.monotonic())) and done
+        return done
+
+    def close(self, seconds: float = 1.0) -> None:
+        """Stop the threads and close the files. What is in the outbox stays there."""
+        for dispatcher in (self._dispatcher, self._memory_dispatcher):
+            if dispatcher is not None:
+                dispatcher.stop(seconds)
+        for ledger in (self._ledger, self._dispatcher_ledger, self._memory):
+            if ledger is not None:
+                ledger.close()
+
+    def _start(self, ledger: Ledger) -> Dispatcher:
+        dispatcher = Dispatcher(ledger, self._transport, self._settings)
+        dispatcher.start()
+        return dispatcher
+
+    def _keep(self, item: OutboxItem) -> Dispatcher | None:
+        """Returns who delivers it; None when there is nothing to deliver."""
+        if self._ledger is not None:
+            try:
+                return self._dispatcher if self._append(self._ledger, item) else None
+            except LedgerError as error:
+                report("client", error, "cannot write the ledger; what the hub must be told is sent from memory")
+        if self._memory is None:
+            self._memory = Ledger(None)
+            self._memory_dispatcher = self._start(self._memory)
+        entry = Entry(None, time.time(), outbox=(item,))
+        if entry.durable:
+            self._spool.add(entry)
+        self._memory.append(entry)
+        return self._memory_dispatcher
+
+    def _append(self, ledger: Ledger, item: OutboxItem) -> bool:
+        now = time.time()
+        run = ledger.open_run_of_model(item.model_id)
+        if run is None or run["final_status"] is not None:
+            return ledger.append(Entry(None, now, outbox=(item,)))
+        if item.kind != "status":
+            return ledger.append(Entry(run["run_id"], now, outbox=(item,)))
+        return self._append_status(ledger, run["run_id"], item, now)
+
+    @staticmethod
+    def _append_status(ledger: Ledger, run_id: str, item: OutboxItem, now: float) -> bool:
+        """A status of a run that another process records: in its history, and never backwards."""
+        status = str(item.payload["status"])
+        event = Event(OwnEvents.STATUS.value, now, {"status": status})
+        rows = ledger.events(run_id)
+        state = fold(run_id, (Event(row["name"], row["time"], row["attrs"], row["uid"]) for row in rows))
+        effects = state.apply(event)
+        send = item.final or effects.status is not None
+        won = ledger.append(
+            Entry(
+                run_id,
+                now,
+                event,
+                facts=tuple(effects.facts),
+                run={"status": status} if send else {},
+                problems=effects.problems,
+                final_status=status if item.final else None,
+                final_by="client" if item.final else None,
+                outbox=(item,) if send else (),
+            )
+        )
+        return send and won
+
+
+def _model_id(value: Any) -> str:
+    model_id = canonical_uuid(value)
+    if model_id is None:
+        raise ValueError("Invalid model ID: it must be a UUID")
+    return model_id
+
+
+def _sayable(text: str) -> str:
+    """Text that JSON and a database can hold: no NUL, no half characters."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def _shortened(text: str) -> str:
+    if len(text) > MAX_LOG_CHARACTERS:
+        half = MAX_LOG_CHARACTERS // 2
+        text = f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"
+    return _sayable(text)
+
+
+def _name(value: Any, what: str, most: int = MAX_NAME_CHARACTERS) -> str:
+    text = _sayable(value) if isinstance(value, str) else ""
+    if not 0 < len(text) <= most:
+        raise ValueError(f"its {what} must be a text of 1 to {most} characters")
+    return text
+
+
+def _finite(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except Exception:  # noqa: BLE001 - `float()` of a foreign object can raise anything
+        number = math.nan
+    if isinstance(value, str | bytes) or not math.isfinite(number):
+        raise ValueError(f"its {what} must be a finite number")
+    return number
+
+
+def _round(value: Any) -> int:
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except Exception:  # noqa: BLE001 - as above
+        number = -1
+    if not 0 <= number <= MAX_ROUND:
+        raise ValueError(f"its round must be a whole number from 0 to {MAX_ROUND}")
+    return number
+
+
+def _not_on_this_side(name: str) -> NoReturn:
+    raise NotOnThisSideError(
+        f"FLIP().{name} belongs to the hospitals' side of FLIP; on the server there is no patient data to give"
+    )
