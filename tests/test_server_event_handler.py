@@ -145,7 +145,7 @@ def test_a_good_run() -> None:
     assert persist.calls == 1
 
 
-UPLOAD_ERROR = ResultsUploadError("Unexpected failure uploading results to S3", reason="access_denied")
+UPLOAD_ERROR = ResultsUploadError("access_denied", "AccessDenied")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ class ServerEventHandler(UsesFlip, FLComponent):
                 settings = Settings.load()
             except SettingsError as error:
                 # What cannot be sent from here stays in the ledger, for a process with better settings.
-                problem, settings, transport = str(error), Settings.model_construct(), _NoHub()
+                problem, settings, transport = str(error), Settings.model_construct(end_run_seconds=0.0), _NoHub()
             job_id = context.job_id_of(fl_ctx)
             run_id = new_run_id(job_id)
             model_id = resolve_model_id(fl_ctx, self.model_id)
