@@ -1,0 +1,520 @@
+"""A stream of bytes of unknown length, written into an S3 multipart upload with bounded memory.
+
+Kept apart from :mod:`flip_observability.results` so that boto3 is imported only when something is uploaded.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import random
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import boto3.session
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    NoAuthTokenError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+    TokenRetrievalError,
+)
+from botocore.exceptions import (
+    ConnectionError as BotoConnectionError,
+)
+
+from flip_observability import _crc32
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+MIB = 1024 * 1024
+PART_BYTES = 8 * MIB
+PLANNED_PARTS = 8000
+"""Parts that an upload of the expected size takes at most. S3 allows 10,000; from here on they double every 250."""
+_DOUBLE_EVERY = 250
+_MAX_PART_BYTES = 5 * 1024 * MIB
+_MEMORY_BYTES = 32 * MIB
+_MAX_IN_FLIGHT = 4
+_SEND_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a bucket is waited for. All times in seconds.
+
+    Args:
+        connect: until a connection stands.
+        silence: without one byte going either way.
+        attempts: of one request.
+        total: after which no further attempt of a request begins.
+        stuck: after which a request that neither succeeded nor failed is given up.
+        first_pause, longest_pause: bounds of the exponential back-off, of which a random share is waited.
+    """
+
+    connect: float = 10
+    silence: float = 60
+    attempts: int = 10
+    total: float = 240
+    stuck: float = 330
+    first_pause: float = 0.5
+    longest_pause: float = 20
+
+    def pause(self, failures: int) -> float:
+        """Seconds before the next attempt, after so many failures."""
+        # Not for security, but `random` is shared and may be seeded by the training code: all servers would wait alike.
+        return random.SystemRandom().uniform(0, min(self.longest_pause, self.first_pause * 2.0 ** (failures - 1)))
+
+
+PATIENCE = Patience()
+
+
+class ChecksumMismatchError(Exception):
+    """The bucket holds something else than what was sent."""
+
+
+# --- which failure is which -------------------------------------------------------------------------------------------
+
+_CODES = {
+    "AccessDenied": "access_denied",
+    "AllAccessDisabled": "access_denied",
+    "ExpiredToken": "access_denied",
+    "InvalidAccessKeyId": "access_denied",
+    "InvalidToken": "access_denied",
+    "SignatureDoesNotMatch": "access_denied",
+    "NoSuchBucket": "no_such_bucket",
+    "BadDigest": "checksum",
+    "InvalidDigest": "checksum",
+    "XAmzContentChecksumMismatch": "checksum",
+    "XAmzContentSHA256Mismatch": "checksum",
+    "RequestTimeout": "timeout",
+    "GatewayTimeout": "timeout",
+}
+_STATUSES = {401: "access_denied", 403: "access_denied", 408: "timeout", 504: "timeout"}
+_TYPES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (ChecksumMismatchError, "checksum"),
+    ((ConnectTimeoutError, ReadTimeoutError, TimeoutError), "timeout"),
+    (
+        (
+            NoCredentialsError,
+            PartialCredentialsError,
+            CredentialRetrievalError,
+            NoAuthTokenError,
+            TokenRetrievalError,
+        ),
+        "access_denied",
+    ),
+    ((BotoConnectionError, HTTPClientError), "connection"),
+)
+_TRANSIENT_CODES = frozenset(
+    "BadDigest InternalError OperationAborted RequestTimeout RequestTimeoutException ServiceUnavailable SlowDown "
+    "Throttling ThrottlingException TooManyRequestsException XAmzContentChecksumMismatch "
+    "XAmzContentSHA256Mismatch".split()
+)
+_TRANSIENT_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+
+
+def reason_of(error: BaseException) -> str:
+    """Which of the reasons of a failed upload an exception of boto3 stands for."""
+    if isinstance(error, ClientError):
+        return _CODES.get(_code(error)) or _STATUSES.get(_status(error), "other")
+    if isinstance(error, (BotoConnectionError, HTTPClientError)) and _timed_out(error):
+        return "timeout"
+    return next((reason for types, reason in _TYPES if isinstance(error, types)), "other")
+
+
+def describe(error: BaseException) -> str:
+    """S3's error code and the call, or the type of an exception; never a message."""
+    if isinstance(error, ClientError):
+        return f"{_code(error)} in {error.operation_name}"
+    return type(error).__name__
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))[:100]
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _timed_out(error: BaseException | None) -> bool:
+    """A time-out while sending reaches us as a closed connection; what it was stands in the chain."""
+    while error is not None:
+        if isinstance(error, TimeoutError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, ClientError):
+        return _code(error) in _TRANSIENT_CODES or _status(error) in _TRANSIENT_STATUSES
+    return isinstance(error, (BotoConnectionError, HTTPClientError, OSError))
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def make_client() -> S3Client:
+    """A client from boto3's own chain of credentials, region and endpoint. It does not retry: :func:`_persist` does."""
+    config = Config(
+        connect_timeout=PATIENCE.connect,
+        read_timeout=PATIENCE.silence,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        max_pool_connections=_MAX_IN_FLIGHT + 2,
+        tcp_keepalive=True,
+    )
+    client = boto3.session.Session().client("s3", config=config)
+    client.meta.events.register("before-send.s3.UploadPart", _send_in_pieces)
+    return client
+
+
+class _Part(bytearray):
+    """A part's bytes. With debug logging botocore logs its arguments; file contents must not be in there."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes>"
+
+
+class _Pieces:
+    """A request body, sent piece by piece.
+
+    Python's time-out of a send counts for the whole of what is sent: a part in one piece would fail on a slow link.
+    """
+
+    def __init__(self, body: bytearray) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[memoryview]:
+        view = memoryview(self._body)
+        for start in range(0, len(view), _SEND_BYTES):
+            yield view[start : start + _SEND_BYTES]
+
+    def seek(self, _position: int) -> None:
+        """Called by botocore before it sends again; every iteration starts at the beginning anyway."""
+
+
+def _send_in_pieces(request: Any, **_: Any) -> None:
+    if isinstance(request.body, bytearray):
+        request.body = _Pieces(request.body)
+
+
+def _in_thread(call: Callable[[], _T]) -> Future[_T]:
+    """Run a call in a daemon thread of its own: a bucket that never lets go must not keep the process from ending."""
+    future: Future[_T] = Future()
+    context = contextvars.copy_context()  # the call's span belongs to the caller's
+
+    def run() -> None:
+        try:
+            future.set_result(context.run(call))
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the future
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="flip-results-upload", daemon=True).start()
+    return future
+
+
+def _persist(call: Callable[[], _T], patience: Patience, given_up: threading.Event) -> _T:
+    """Call until it works, the failure is a lasting one, or patience is over."""
+    begun = time.monotonic()
+    for failures in range(1, patience.attempts + 1):
+        try:
+            return call()
+        except (BotoCoreError, ClientError, OSError) as error:  # noqa: PERF203 - to try again is the point
+            lasting = failures == patience.attempts or not _is_transient(error)
+            if lasting or time.monotonic() - begun > patience.total or given_up.wait(patience.pause(failures)):
+                raise
+            _log.info("Results upload: attempt %d failed (%s), trying again", failures, describe(error))
+    raise AssertionError("unreachable")  # pragma: no cover - the last failure is always raised
+
+
+def _bounded(call: Callable[[], _T], patience: Patience, given_up: threading.Event | None = None) -> _T:
+    future = _in_thread(partial(_persist, call, patience, given_up or threading.Event()))
+    done, _ = wait([future], timeout=patience.stuck)
+    if not done:
+        raise TimeoutError
+    return future.result()
+
+
+# --- sizes of parts ---------------------------------------------------------------------------------------------------
+
+
+def planned_part_size(expected: int) -> int:
+    """Bytes per part for an upload that is expected to be this long: whole MiB, 8 at least."""
+    parts = -(-expected // PLANNED_PARTS)
+    return min(max(PART_BYTES, -(-parts // MIB) * MIB), _MAX_PART_BYTES)
+
+
+def part_size(number: int, planned: int) -> int:
+    """Bytes of part `number` (from 1): as planned, then doubling, so that a stream longer than expected still fits."""
+    return min(planned << max(0, (number - 1 - PLANNED_PARTS) // _DOUBLE_EVERY + 1), _MAX_PART_BYTES)
+
+
+# --- the upload -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sent:
+    number: int
+    etag: str
+    crc: int
+    size: int
+    buffer: _Part
+
+
+def _object_size(client: S3Client, size: int) -> int:
+    """A size as CompleteMultipartUpload wants it: botocore changed its mind between integer and string."""
+    shape = client.meta.service_model.operation_model("CompleteMultipartUpload").input_shape
+    wanted = shape.members["MpuObjectSize"].type_name if shape is not None else "long"
+    return cast("int", str(size)) if wanted == "string" else size
+
+
+class MultipartUpload:
+    """A writable stream that ends as one object. Use it from one thread.
+
+    Args:
+        client: an S3 client.
+        bucket, key: the object.
+        expected: bytes that will be written, as far as known.
+        on_upload_id: called with the upload id once it exists, and with "" once there is nothing to abort.
+        on_sent: called with the bytes that the bucket has accepted so far.
+
+    What S3 or the network raises leaves the method that finds it as it is, and every later write.
+    """
+
+    def __init__(
+        self,
+        client: S3Client,
+        bucket: str,
+        key: str,
+        *,
+        expected: int,
+        on_upload_id: Callable[[str], None],
+        on_sent: Callable[[int], None],
+    ) -> None:
+        self._client, self._bucket, self._key = client, bucket, key
+        self._on_upload_id, self._on_sent = on_upload_id, on_sent
+        self._patience = PATIENCE
+        self._planned = planned_part_size(expected)
+        self._given_up = threading.Event()
+        self._failure: Exception | None = None
+        self._in_flight: set[Future[_Sent]] = set()
+        self._spare: list[_Part] = []
+        self._parts: dict[int, tuple[str, int, int]] = {}
+        self._next = 1
+        self._sent = 0
+        self._upload_id = ""
+        created = _bounded(
+            lambda: client.create_multipart_upload(
+                Bucket=bucket,
+                Key=key,
+                ContentType="application/zip",
+                ChecksumAlgorithm="CRC32",
+                ChecksumType="FULL_OBJECT",
+            ),
+            self._patience,
+        )
+        self._buffer, self._filled = _Part(), 0
+        self._upload_id = created["UploadId"]
+        on_upload_id(self._upload_id)
+        self._begin_part()
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Take bytes; waits while as many parts as memory allows are on their way."""
+        if self._failure is not None:
+            raise self._failure
+        view = memoryview(data).cast("B")
+        start = 0
+        while start < len(view):
+            taken = min(len(view) - start, len(self._buffer) - self._filled)
+            self._buffer[self._filled : self._filled + taken] = view[start : start + taken]
+            self._filled += taken
+            start += taken
+            if self._filled == len(self._buffer):
+                self._send_part()
+                self._begin_part()
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing to do: a part is sent when it is full."""
+
+    def finish(self) -> tuple[int, int, bool, tuple[str, ...]]:
+        """Send what is left and make the object.
+
+        Returns:
+            Size in bytes, CRC-32, whether the bucket confirmed both, and warnings.
+
+        Raises:
+            ChecksumMismatchError: the bucket holds something else.
+        """
+        if self._filled:
+            del self._buffer[self._filled :]
+            self._send_part()
+        self._filled = 0
+        while self._in_flight:
+            self._collect()
+        size, crc = 0, 0
+        for number in sorted(self._parts):
+            _, part_crc, length = self._parts[number]
+            size, crc = size + length, _crc32.combine(crc, part_crc, length)
+        maybe_done = self._complete(size, crc)
+        verified, warnings = self._verify(size, crc)
+        if maybe_done is not None and not verified:
+            raise maybe_done
+        self._on_upload_id("")
+        return size, crc, verified, warnings
+
+    def abandon(self) -> None:
+        """Give up: stop the threads and have the bucket forget the parts. Raises nothing."""
+        self._given_up.set()
+        if not self._upload_id:
+            return
+        # A part that arrives after the abort would stay, and be paid for.
+        _, running = wait(self._in_flight, timeout=min(5.0, self._patience.silence))
+        try:
+            abort(self._client, self._bucket, self._key, self._upload_id)
+        except (BotoCoreError, ClientError, OSError) as error:
+            _log.warning("Results upload: the unfinished upload could not be aborted (%s)", describe(error))
+            return
+        if not running:
+            self._on_upload_id("")
+
+    def _begin_part(self) -> None:
+        size = part_size(self._next, self._planned)
+        while len(self._in_flight) >= max(1, min(_MAX_IN_FLIGHT, _MEMORY_BYTES // size)):
+            self._collect()
+        self._collect(block=False)
+        spare = self._spare.pop() if self._spare else _Part()
+        # Buffers are used again: fresh memory costs a page fault for every 4 KiB.
+        self._buffer = spare if len(spare) == size else _Part(size)
+        self._filled = 0
+
+    def _send_part(self) -> None:
+        call = partial(self._upload_part, self._next, self._buffer)
+        self._in_flight.add(_in_thread(call))
+        self._next += 1
+
+    def _upload_part(self, number: int, buffer: _Part) -> _Sent:
+        crc = zlib.crc32(buffer)
+        answer = _persist(
+            lambda: self._client.upload_part(
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=self._upload_id,
+                PartNumber=number,
+                Body=cast("bytes", buffer),  # botocore takes a bytearray, its stubs do not
+                ChecksumCRC32=_crc32.text(crc),
+            ),
+            self._patience,
+            self._given_up,
+        )
+        return _Sent(number, answer["ETag"], crc, len(buffer), buffer)
+
+    def _collect(self, *, block: bool = True) -> None:
+        """Take in the parts that are done, waiting for one when asked to."""
+        done, self._in_flight = wait(
+            self._in_flight, timeout=self._patience.stuck if block else 0, return_when=FIRST_COMPLETED
+        )
+        try:
+            if block and not done:
+                raise TimeoutError
+            for future in done:
+                part = future.result()
+                self._parts[part.number] = (part.etag, part.crc, part.size)
+                self._spare.append(part.buffer)
+                self._sent += part.size
+        except Exception as error:
+            self._failure = error
+            raise
+        if done:
+            self._on_sent(self._sent)
+
+    def _complete(self, size: int, crc: int) -> ClientError | None:
+        """Make the object.
+
+        Returns:
+            An error which may mean that an earlier attempt, whose answer was lost, had made it already.
+        """
+        parts: list[CompletedPartTypeDef] = [
+            {"PartNumber": number, "ETag": etag, "ChecksumCRC32": _crc32.text(part_crc)}
+            for number, (etag, part_crc, _) in sorted(self._parts.items())
+        ]
+        attempts = 0
+
+        def call() -> None:
+            nonlocal attempts
+            attempts += 1
+            self._client.complete_multipart_upload(
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=self._upload_id,
+                MultipartUpload={"Parts": parts},
+                ChecksumCRC32=_crc32.text(crc),
+                ChecksumType="FULL_OBJECT",
+                MpuObjectSize=_object_size(self._client, size),
+            )
+
+        try:
+            _bounded(call, self._patience, self._given_up)
+        except ClientError as error:
+            if _code(error) == "NoSuchUpload" and attempts > 1:
+                return error
+            raise
+        return None
+
+    def _verify(self, size: int, crc: int) -> tuple[bool, tuple[str, ...]]:
+        try:
+            head = _bounded(
+                lambda: self._client.head_object(Bucket=self._bucket, Key=self._key, ChecksumMode="ENABLED"),
+                self._patience,
+            )
+        except (BotoCoreError, ClientError, OSError) as error:
+            if isinstance(error, ClientError) and _status(error) == 404:
+                raise
+            return False, (f"the bucket accepted the archive and did not let it be verified ({describe(error)})",)
+        parts = b"".join(part_crc.to_bytes(4, "big") for _, (_, part_crc, _) in sorted(self._parts.items()))
+        # Older S3 look-alikes ignore FULL_OBJECT and answer with the checksum of the parts' checksums.
+        accepted = {_crc32.text(crc), f"{_crc32.text(zlib.crc32(parts))}-{len(self._parts)}"}
+        stored = head.get("ChecksumCRC32", "")
+        if head["ContentLength"] != size or (stored and stored not in accepted):
+            raise ChecksumMismatchError
+        if not stored:
+            return False, ("the bucket keeps no CRC32 checksum: only the archive's size was verified",)
+        return True, ()
+
+
+def abort(client: S3Client, bucket: str, key: str, upload_id: str) -> None:
+    """Have a bucket forget an unfinished upload. One that it does not know is none.
+
+    Raises:
+        ClientError, BotoCoreError, OSError: what the last of three attempts failed with.
+    """
+    patience = Patience(
+        attempts=3,
+        total=min(30.0, PATIENCE.total),
+        stuck=min(90.0, PATIENCE.stuck),
+        first_pause=PATIENCE.first_pause,
+        longest_pause=PATIENCE.longest_pause,
+    )
+    try:
+        _bounded(lambda: client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id), patience)
+    except ClientError as error:
+        if _code(error) != "NoSuchUpload":
+            raise
