@@ -99,10 +99,10 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     detach()
 
 
-def context(engine: Engine | None, job_id: str = "simulate_job", **props: Any) -> FLContext:
-    manager = FLContextManager(engine=engine, identity_name="server", job_id=job_id)
+def context(engine: Engine | None, props: dict[str, Any] | None = None) -> FLContext:
+    manager = FLContextManager(engine=engine, identity_name="server", job_id="simulate_job")
     fl_ctx = manager.new_context()
-    for key, value in props.items():
+    for key, value in (props or {}).items():
         fl_ctx.set_prop(key, value, private=True, sticky=False)
     return fl_ctx
 
@@ -205,7 +205,7 @@ def test_any_spelling_of_a_uuid_is_sent_in_its_canonical_form() -> None:
 def test_no_model_id_in_local_dev_is_the_run_id() -> None:
     handler, engine = make(model_id="")
     run(handler, engine, EventType.START_RUN, *END)
-    assert uuid.UUID(handler.model_id)
+    assert handler.model_id == str(uuid.UUID(handler.model_id))
     assert [event for event, _ in engine.fired if event == EventType.FATAL_SYSTEM_ERROR] == []
 
 
@@ -377,13 +377,13 @@ def test_client_metrics_are_relayed_with_round_and_trust(monkeypatch: pytest.Mon
         monkeypatch.setenv("INTERNAL_SERVICE_KEY", hub.key)
         handler, engine = make()
         run(handler, engine, EventType.START_RUN)
-        handler.handle_event(AppEventType.ROUND_STARTED, context(engine, **{AppConstants.CURRENT_ROUND: 1}))
+        handler.handle_event(AppEventType.ROUND_STARTED, context(engine, {AppConstants.CURRENT_ROUND: 1}))
         data = DXO(DataKind.METRICS, data={"label": "LOSS_FUNCTION", "value": 0.25}).to_shareable()
         data.set_peer_props({ReservedKey.IDENTITY_NAME: "site-2"})
-        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, **{FLContextKey.EVENT_DATA: data}))
+        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, {FLContextKey.EVENT_DATA: data}))
         nonsense = DXO(DataKind.METRICS, data={"label": "LOSS_FUNCTION", "value": float("nan")}).to_shareable()
-        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, **{FLContextKey.EVENT_DATA: nonsense}))
-        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, **{FLContextKey.EVENT_DATA: "no shareable"}))
+        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, {FLContextKey.EVENT_DATA: nonsense}))
+        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, {FLContextKey.EVENT_DATA: "no shareable"}))
         run(handler, engine, *END)
         assert hub.wait(lambda h: bool(h.payloads(MODEL, "metrics")))
         assert [dict(p) for p in hub.payloads(MODEL, "metrics")] == [

@@ -90,9 +90,9 @@ class ServerEventHandler(UsesFlip, FLComponent):
         if engine is None:
             return
         with self._lock:
-            if self._looked_up:
+            first, self._looked_up = not self._looked_up, True  # before any panic: it comes back here as an event
+            if not first:
                 return
-            self._looked_up = True  # before any panic: it comes back here as an event
             generator = self.validation_json_generator or engine.get_component(self.validation_json_generator_id)
             persist = self.persist_and_cleanup or engine.get_component(self.persist_and_cleanup_id)
             self.validation_json_generator, self.persist_and_cleanup = generator, persist
