@@ -87,7 +87,9 @@ class JsonGenerator(FLComponent):
             self._refuse(fl_ctx, f"Exception in handling validation result ({type(error).__name__})")
             return None
         if kind != DataKind.METRICS or not isinstance(data, dict):
-            self._refuse(fl_ctx, f"Expected dxo of kind METRICS but got {str(kind)[:64]} instead")
+            self._refuse(
+                fl_ctx, f"Expected dxo of kind METRICS but got {str(getattr(kind, 'value', kind))[:64]} instead"
+            )
             return None
         return data
 

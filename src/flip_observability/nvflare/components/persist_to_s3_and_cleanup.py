@@ -17,6 +17,8 @@ from flip_observability.nvflare.model_id import resolve_model_id
 from flip_observability.utils import canonical_uuid
 
 GLOBAL_MODEL = "FL_global_model.pt"
+RECEIPT = {"uri": "uri", "bytes": "size", "files": "files"}
+"""Attributes of an upload's receipt, by what the context tells of them."""
 APP_FOLDERS = ("save", "transfer")
 """Folders of the workspace where the submitted app of a model was kept; they hold no results."""
 
@@ -154,10 +156,10 @@ class PersistToS3AndCleanup(UsesFlip, FLComponent):
 
     def _tell(self, fl_ctx: FLContext, receipt: Any) -> None:
         """Leave in the context what became of the upload, for whoever hears RESULTS_UPLOAD_COMPLETED."""
-        for attribute, prop in RESULT_PROPS.items():
+        for name, attribute in RECEIPT.items():
             value = getattr(receipt, attribute, None)
             if isinstance(value, str | int):
-                fl_ctx.set_prop(prop, value, private=True, sticky=False)
+                fl_ctx.set_prop(RESULT_PROPS[name], value, private=True, sticky=False)
 
     def _log_failure(self, fl_ctx: FLContext, what: str, error: BaseException) -> None:
         # Where it happened and of which kind; a message can quote what patients' data went through it.
