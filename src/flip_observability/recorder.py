@@ -31,6 +31,8 @@ from flip_observability.settings import Settings
 from flip_observability.spool import Spool, take_spools
 
 HEARTBEAT_SECONDS = 10.0
+SPOOL_SECONDS = 60.0
+FORGET_SECONDS = 3_600.0
 REOPEN_SECONDS = 5.0
 MAX_BACKLOG = 10_000
 """Entries kept in memory while the ledger cannot be written; beyond it, those without a status go first."""
@@ -92,6 +94,7 @@ class RunRecorder:
         self._dispatcher_ledger: Ledger | None = None
         self._fallback: _Fallback | None = None
         self._final_uid: str | None = None
+        self._due = [0.0] * len(_CHORES)
         self._open()
         self._writer = threading.Thread(target=self._write_loop, name="flip-ledger-writer", daemon=True)
         self._writer.start()
@@ -275,7 +278,6 @@ class RunRecorder:
 
     def _write_loop(self) -> None:
         ledger: Ledger | None = None
-        beat = take = 0.0
         while not self._closed:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or bool(self._backlog), timeout=1.0)
@@ -285,20 +287,29 @@ class RunRecorder:
                 if ledger is None:
                     continue
                 self._drain(ledger)
-                now = time.monotonic()
-                if now - beat >= HEARTBEAT_SECONDS:
-                    beat = now
-                    ledger.append(Entry(self.identity.run_id, self.now(), run={"heartbeat": self.now()}))
-                    self._record_errors()
-                if now - take >= 6 * HEARTBEAT_SECONDS:
-                    take = now
-                    take_spools(ledger, self.directory, self.now())
-                    ledger.checkpoint()
+                self._do_chores(ledger)
             except LedgerBusyError:
                 continue
             except Exception as error:  # noqa: BLE001 - this thread must live as long as the run
                 self._fail(error, ledger)
                 ledger = None
+
+    def _do_chores(self, ledger: Ledger) -> None:
+        for number, (seconds, chore) in enumerate(_CHORES):
+            if time.monotonic() >= self._due[number]:
+                self._due[number] = time.monotonic() + seconds
+                chore(self, ledger)
+
+    def _beat(self, ledger: Ledger) -> None:
+        ledger.append(Entry(self.identity.run_id, self.now(), run={"heartbeat": self.now()}))
+        self._record_errors()
+
+    def _take_spools(self, ledger: Ledger) -> None:
+        take_spools(ledger, self.directory, self.now())
+        ledger.checkpoint()
+
+    def _forget(self, ledger: Ledger) -> None:
+        ledger.forget_before(self.now() - self.settings.retention_days * 86_400)
 
     @staticmethod
     def _is_stale(ledger: Ledger | None) -> bool:
@@ -375,6 +386,14 @@ class RunRecorder:
         dispatcher = self._active_dispatcher()
         if dispatcher is not None:
             dispatcher.nudge()
+
+
+_CHORES = (
+    (HEARTBEAT_SECONDS, RunRecorder._beat),
+    (SPOOL_SECONDS, RunRecorder._take_spools),
+    (FORGET_SECONDS, RunRecorder._forget),
+)
+"""What the writer thread does beside writing: how often (in seconds), and what."""
 
 
 class _Fallback:
