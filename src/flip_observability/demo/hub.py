@@ -246,6 +246,7 @@ class EmbeddedHub:
         self._records: list[HubRecord] = []
         self._fault: _Fault | None = None
         self._release = threading.Event()
+        self._outages: list[tuple[float, float | None]] = []
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -278,6 +279,8 @@ class EmbeddedHub:
         if not self.is_up:
             return
         self._stop()
+        with self._changed:
+            self._outages.append((time.time(), None))
         assert self._server is not None  # noqa: S101 - is_up says so
         self._server.server_close()
         # Bound but not listening: connections are refused, and nobody else can get this port.
@@ -288,6 +291,9 @@ class EmbeddedHub:
         if self._server is None:
             raise RuntimeError("the hub has not been started: use it in a with statement")
         if self._thread is None:
+            with self._changed:
+                if self._outages:
+                    self._outages[-1] = (self._outages[-1][0], time.time())
             self._server.server_activate()
             self._thread = threading.Thread(
                 target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, name="embedded-hub", daemon=True
@@ -353,6 +359,12 @@ class EmbeddedHub:
         """Every request so far, in the order of the answers (a copy)."""
         with self._changed:
             return list(self._records)
+
+    @property
+    def outages(self) -> list[tuple[float, float | None]]:
+        """When it was down, in seconds since the epoch; None while it still is."""
+        with self._changed:
+            return list(self._outages)
 
     def statuses(self, model_id: str) -> list[str]:
         """The statuses accepted for a model, in order."""

@@ -63,8 +63,9 @@ def _meta(name: str) -> dict[str, Any]:
 
 def _server(model_id: str, scenario: Scenario, workflow: Workflow, control_dir: Path | None) -> dict[str, Any]:
     components = [
+        _component("run_log", f"{_TRAINER}.RunLog"),
         _component("persistor", f"{_TRAINER}.NumpyPersistor"),
-        _component("global_evaluator", f"{_TRAINER}.GlobalEvaluator", persistor_id="persistor"),
+        _component("global_evaluator", f"{_TRAINER}.GlobalEvaluator", model_id=model_id, persistor_id="persistor"),
     ]
     if workflow == "sag":
         components += [
@@ -131,6 +132,17 @@ _WORKFLOWS: dict[Workflow, dict[str, Any]] = {
 def _client(pace: float) -> dict[str, Any]:
     executor = {"path": f"{_TRAINER}.Trainer", "args": {"pace": pace}}
     return {"format_version": 2, "executors": [{"tasks": ["train"], "executor": executor}], "components": []}
+
+
+def prepare_workspace(workspace: Path) -> Path:
+    """Make the simulator's workspace, whose sites allow this package's components (as a real server must, too)."""
+    from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+
+    local = workspace / "local"
+    local.mkdir(parents=True)
+    allowed = [*DEFAULT_CLASS_ALLOW_LIST, "flip_observability."]
+    _write(local / "resources.json", {"format_version": 2, "class_allow_list": allowed, "components": []})
+    return workspace
 
 
 def run_dir(workspace: Path) -> Path:

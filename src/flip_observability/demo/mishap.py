@@ -11,8 +11,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
-REQUEST, DONE = "hub-outage.requested", "hub-outage.done"
-"""Files in the control folder: the job asks for the outage, and the demo, which has the hub, says that it has happened."""
+from flip_observability.demo.scenarios import OUTAGE_DONE, OUTAGE_REQUEST
 
 
 class Mishap(FLComponent):
@@ -46,9 +45,9 @@ class Mishap(FLComponent):
 
     def _hub_outage(self, fl_ctx: FLContext) -> None:
         control = Path(self.control_dir)
-        (control / REQUEST).touch()
+        (control / OUTAGE_REQUEST).touch()
         deadline = time.monotonic() + 30.0
-        while not (control / DONE).exists():
+        while not (control / OUTAGE_DONE).exists():
             if time.monotonic() > deadline:
                 self.log_error(fl_ctx, "the demo did not take its hub down", fire_event=False)
                 return

@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 from flip_observability.constants import ModelStatus
 
+GLOBAL_ACCURACY = "GLOBAL_ACCURACY"
+"""Label of the metric that the server sends: the global model's accuracy on the held-out samples, 0 to 1."""
+
+LOG_FILE = "log.txt"
+MODEL_FILE = "models/FL_global_model.npz"
+VALIDATION_FILE = "cross_site_val/cross_val_results.json"
+GLOBAL_METRICS_FILE = "global_metrics.jsonl"
+"""Files of a run directory, and so of the archive."""
+
+OUTAGE_REQUEST, OUTAGE_DONE = "hub-outage.requested", "hub-outage.done"
+"""Files in the control folder: the job asks for the outage, and the demo, which has the hub, says that it happened."""
+
+_WHOLE = (MODEL_FILE, VALIDATION_FILE, GLOBAL_METRICS_FILE)
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -19,6 +33,8 @@ class Scenario:
         mishap: what the :class:`~flip_observability.demo.mishap.Mishap` component does; empty for nothing.
         mishap_round: in which round, 1-based.
         refusing: the bucket answers every write with 403.
+        outage: the hub is down for a part of the run.
+        contains: files that the archive must hold, beside the log.
     """
 
     name: str
@@ -28,12 +44,14 @@ class Scenario:
     mishap: str = ""
     mishap_round: int = 3
     refusing: bool = False
+    outage: bool = False
+    contains: tuple[str, ...] = ()
 
 
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("success", "five rounds, results uploaded", ModelStatus.RESULTS_UPLOADED),
+        Scenario("success", "five rounds, results uploaded", ModelStatus.RESULTS_UPLOADED, contains=_WHOLE),
         Scenario("fatal", "a component panics in round 3", ModelStatus.ERROR, mishap="panic"),
         Scenario("abort", "the run is aborted in round 3", ModelStatus.STOPPED, mishap="abort"),
         Scenario("upload-failure", "the bucket refuses the results", ModelStatus.ERROR, archive=False, refusing=True),
@@ -43,6 +61,8 @@ SCENARIOS = {
             ModelStatus.RESULTS_UPLOADED,
             mishap="hub-outage",
             mishap_round=2,
+            outage=True,
+            contains=_WHOLE,
         ),
     )
 }

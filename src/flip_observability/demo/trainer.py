@@ -1,4 +1,4 @@
-"""What the demo trains: logistic regression in NumPy on scikit-learn's Wisconsin breast-cancer data, as NVFLARE components.
+"""What the demo trains: logistic regression on scikit-learn's Wisconsin breast-cancer data, as NVFLARE components.
 
 The data is split unevenly over the sites and a part of it is held out for the server, always in the same way.
 """
@@ -6,6 +6,7 @@ The data is split unevenly over the sites and a part of it is held out for the s
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import ReturnCode
@@ -27,7 +29,9 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.model_desc import ModelDescriptor
 
+from flip_observability import FLIP
 from flip_observability.constants import FlipEvents, FlipMetricsLabel
+from flip_observability.demo.scenarios import GLOBAL_ACCURACY, GLOBAL_METRICS_FILE, LOG_FILE, MODEL_FILE
 
 SITES = ("site-1", "site-2", "site-3")
 SHARES = (0.6, 0.3, 0.1)
@@ -36,9 +40,6 @@ SHARES = (0.6, 0.3, 0.1)
 HELD_OUT = 0.2
 SEED = 20240229
 WEIGHTS = "weights"
-MODEL_FILE = "FL_global_model.npz"
-GLOBAL_METRICS_FILE = "global_metrics.jsonl"
-"""In the run directory, a line per round: ``{"round": 1-based, "accuracy": 0..1, "time": seconds since the epoch}``."""
 
 Array = npt.NDArray[np.float64]
 
@@ -73,7 +74,7 @@ def load_data() -> dict[str, Samples]:
 
 def initial_weights() -> Array:
     """Small random weights for the 30 features and the constant, always the same: the first model knows nothing."""
-    return np.random.default_rng(SEED).normal(0.0, 0.3, 31)
+    return np.random.default_rng(0).normal(0.0, 0.3, 31)
 
 
 def probabilities(weights: Array, samples: Samples) -> Array:
@@ -111,7 +112,7 @@ class Trainer(Executor):
             data, so that the live view can be followed; 0 for as fast as it goes.
     """
 
-    def __init__(self, steps: int = 10, rate: float = 0.05, pace: float = 0.0) -> None:
+    def __init__(self, steps: int = 10, rate: float = 0.1, pace: float = 0.0) -> None:
         super().__init__()
         self.steps, self.rate, self.pace = steps, rate, pace
         self._samples: Samples | None = None
@@ -146,7 +147,7 @@ class NumpyPersistor(ModelPersistor):
     """Keeps the global model as ``models/FL_global_model.npz`` in the run directory."""
 
     def _file(self, fl_ctx: FLContext) -> Path:
-        return _run_dir(fl_ctx) / "models" / MODEL_FILE
+        return _run_dir(fl_ctx) / MODEL_FILE
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
         file = self._file(fl_ctx)
@@ -159,24 +160,28 @@ class NumpyPersistor(ModelPersistor):
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         file = self._file(fl_ctx)
         file.parent.mkdir(exist_ok=True)
-        np.savez(file, **{WEIGHTS: np.asarray(model[ModelLearnableKey.WEIGHTS][WEIGHTS])})
+        np.savez(file, weights=np.asarray(model[ModelLearnableKey.WEIGHTS][WEIGHTS]))
 
     def get_model_inventory(self, fl_ctx: FLContext) -> Mapping[str, ModelDescriptor]:
         """The models there are, by file name."""
         file = self._file(fl_ctx)
-        return {MODEL_FILE: ModelDescriptor(MODEL_FILE, str(file), "npz")} if file.exists() else {}
+        return {file.name: ModelDescriptor(file.name, str(file), "npz")} if file.exists() else {}
 
 
 class GlobalEvaluator(FLComponent):
     """Measures each round's global model on the held-out samples, as soon as it has been persisted.
 
+    The hub is told, and ``global_metrics.jsonl`` in the run directory has a line per round:
+    ``{"round": 1-based, "accuracy": 0 to 1, "time": seconds since the epoch}``.
+
     Args:
+        model_id: the model's UUID.
         persistor_id: id of the component that has the model.
     """
 
-    def __init__(self, persistor_id: str = "persistor") -> None:
+    def __init__(self, model_id: str, persistor_id: str = "persistor") -> None:
         super().__init__()
-        self.persistor_id = persistor_id
+        self.model_id, self.persistor_id = model_id, persistor_id
         self._samples: Samples | None = None
         self._round = 0
 
@@ -196,6 +201,17 @@ class GlobalEvaluator(FLComponent):
         line = {"round": self._round, "accuracy": value, "time": time.time()}
         with (_run_dir(fl_ctx) / GLOBAL_METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        FLIP().send_metrics("server", self.model_id, GLOBAL_ACCURACY, value, self._round)
+
+
+class RunLog(FLComponent):
+    """Writes the process's log into the run directory too, as a real server's job process does; listed first."""
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.START_RUN:
+            handler = logging.FileHandler(_run_dir(fl_ctx) / LOG_FILE, encoding="utf-8")
+            handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+            logging.getLogger().addHandler(handler)
 
 
 def _run_dir(fl_ctx: FLContext) -> Path:
