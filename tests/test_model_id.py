@@ -59,6 +59,7 @@ def test_the_contexts_own_metadata_stand_in_for_a_missing_file(run: Run) -> None
 
 def test_contexts_that_lack_everything(tmp_path: Path) -> None:
     assert resolve_model_id(FLContext()) is None
+    assert resolve_model_id(None) is None
     assert resolve_model_id(FLContext(), MODEL_ID.upper()) == MODEL_ID
     assert resolve_model_id(FLContextManager(engine=None, job_id=JOB_ID).new_context()) is None
     assert resolve_model_id(FLContextManager(engine=object(), job_id=JOB_ID).new_context()) is None

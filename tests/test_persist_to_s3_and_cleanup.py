@@ -387,6 +387,23 @@ def test_a_client_is_built_from_the_environment_when_it_is_first_needed(monkeypa
     assert component.flip is first
 
 
+@pytest.mark.parametrize("local_dev", [True, False])
+def test_the_client_of_the_environment_uploads_and_cleans_up(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_dev: bool
+) -> None:
+    monkeypatch.setenv("LOCAL_DEV", str(local_dev).lower())
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY", "a key")
+    monkeypatch.setenv("FLIP_OBSERVABILITY_DIR", str(tmp_path / "ledger"))
+    monkeypatch.setenv("UPLOADED_FEDERATED_DATA_BUCKET", (tmp_path / "bucket").as_uri())
+    PersistToS3AndCleanup(MODEL_ID).execute(run.context())
+    assert run.recorder.events == [STARTED, COMPLETED]
+    uri = run.recorder.props(COMPLETED)["flip.results.uri"]
+    with ZipFile(uri.removeprefix("file://")) as archive:
+        assert archive.read("log.txt") == b"all went well"
+    # In development nothing is deleted; elsewhere the submitted app goes.
+    assert submitted(run) == (["save", "transfer"] if local_dev else [])
+
+
 def test_a_context_whose_engine_has_no_workspace(client: FolderClient, run: Run) -> None:
     class Engine:
         def get_component(self, component_id: str) -> Any:
