@@ -21,6 +21,7 @@ class Run:
     model_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     begin: float = field(default_factory=lambda: time.time() - 600)
     run_dir: str = "/nowhere"
+    tells_hub: bool = True
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -33,7 +34,7 @@ class Run:
         event = Event(name, self.begin + seconds, attrs)
         effects = self._state.apply(event)
         outbox: tuple[OutboxItem, ...] = ()
-        if effects.status is not None:
+        if effects.status is not None and self.tells_hub:
             outbox = (OutboxItem(self.model_id, "status", {"status": effects.status.value}, effects.final),)
         final = effects.status.value if effects.final and effects.status else None
         self.ledger.append(

@@ -6,7 +6,6 @@ Starts fast: NVFLARE, boto3, OpenTelemetry and the demo's packages are imported 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import io
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.progress import Progress
 
 from flip_observability import report, tables
 from flip_observability.constants import ModelStatus
@@ -31,7 +31,6 @@ DIRECTORY_VARIABLE = "FLIP_OBSERVABILITY_DIR"
 PIPE_WIDTH = 240
 """Columns when the output goes to no terminal: what reads it wants whole ids."""
 
-_DEMO_PACKAGES = ("flask", "moto", "numpy", "sklearn")
 _NEEDS_ATTENTION = ("pending", "rejected", "expired")
 _ALL_ROWS = 1_000_000
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
@@ -214,15 +213,13 @@ def demo(
     ] = Scenario.SUCCESS,
 ) -> None:
     """A real federated run on this machine, with a hub and a bucket of its own."""
-    missing = [name for name in _DEMO_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandError(
-            f"The demo needs packages that are not installed ({', '.join(missing)}): "
-            "pip install 'flip-observability[demo]'"
-        )
-    from flip_observability.demo.runner import run_demo
+    from flip_observability.demo.runner import DemoError, run_demo
 
-    raise typer.Exit(run_demo(scenario.value))
+    try:
+        code = run_demo(scenario.value)
+    except DemoError as error:
+        raise CommandError(str(error)) from None
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -302,20 +299,47 @@ def outbox_retry(
     ctx: typer.Context,
     ids: IdsArgument = None,
     everything: Annotated[bool, typer.Option("--all", help="All that are waiting, rejected or expired.")] = False,
+    send: Annotated[
+        bool, typer.Option("--send", help="Send what is due from here, with this shell's settings of the hub.")
+    ] = False,
 ) -> None:
-    """Send messages again, at once. Whatever runs the dispatcher (a job, the observer) sends them."""
+    """Make messages due again, at once. The server's next job on this ledger sends them, or --send does."""
     if bool(ids) == everything:
         raise typer.BadParameter("give ids, or --all", param_hint="ID...")
+    settings = _settings_of_a_hub() if send else None
     with _open(ctx, write=True) as ledger:
         rows = ledger.outbox(states=_NEEDS_ATTENTION, limit=_ALL_ROWS) if everything else _rows(ledger, ids or [])
         statuses = ledger.outbox(kind="status", limit=_ALL_ROWS)
         useless = {row.id: reason for row in rows if (reason := _why_not_again(row, statuses))}
         for row_id, reason in useless.items():
             _warn(f"{row_id} is not sent again: {reason}")
-        changed = ledger.set_outbox_state([row.id for row in rows if row.id not in useless], "pending", time.time())
-    typer.echo(f"{changed} of {len(rows)} will be sent again.")
-    if changed < len(rows) and not everything:
+        again = [row for row in rows if row.id not in useless]
+        ledger.set_outbox_state([row.id for row in again], "pending", time.time())
+        done = len(again) if settings is None else _send(ledger, settings, again)
+    typer.echo(f"{done} of {len(rows)} " + ("will be sent again." if settings is None else "accepted by the hub."))
+    if done < len(again if everything else rows):
         raise typer.Exit(1)
+
+
+def _settings_of_a_hub() -> Settings:
+    settings = Settings.load()
+    if settings.local_dev:
+        # Its stand-in for the hub accepts everything: a final status would be lost that way.
+        raise CommandError(
+            "LOCAL_DEV is true in this shell, so there is no hub to send to: set the server's environment"
+        )
+    return settings
+
+
+def _send(ledger: Ledger, settings: Settings, rows: list[OutboxRow]) -> int:
+    from flip_observability.hub import Dispatcher, HubTransport
+
+    Dispatcher(ledger, HubTransport(settings), settings).run_once()
+    after = [ledger.outbox_row(row.uid) for row in rows]
+    for row in after:
+        if row is not None and row.state != "delivered":
+            _warn(f"{row.id} is {row.state}: the hub's answer was {row.outcome}")
+    return sum(row is not None and row.state == "delivered" for row in after)
 
 
 @outbox_app.command("drop")
@@ -365,20 +389,58 @@ def _why_not_again(row: OutboxRow, statuses: Iterable[OutboxRow]) -> str | None:
 @results_app.command("upload")
 def results_upload(ctx: typer.Context, run: RunArgument, latest: LatestOption = False) -> None:
     """Send a run's results again, from its run directory to where the settings say."""
+    from flip_observability.client import FLIP, attach, detach
+    from flip_observability.results import ResultsUploadError
+
+    settings = Settings.load()
     with _open(ctx, write=True) as ledger:
         row = _find_run(ledger, run, latest=latest)
         run_dir = _run_directory(row)
         if row["final_status"] is None:
             _warn("the run has no final status yet: its results may be incomplete")
-        receipt = _upload(run_dir, row["model_id"] or row["run_id"])
-        columns = {
-            "results_uri": receipt.uri,
-            "results_bytes": receipt.bytes,
-            "results_files": receipt.files,
-            "results_crc32": receipt.crc32,
-        }
-        ledger.append(Entry(row["run_id"], time.time(), run=columns))
-    _console().print(tables.receipt_table(receipt))
+        if settings.local_dev:
+            _warn("LOCAL_DEV is true in this shell: the results stay on this machine")
+        with Progress(console=_console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+            sink = _UploadSink(ledger, row["run_id"], _directory(ctx), progress)
+            attach(sink)
+            try:
+                receipt = FLIP(settings).upload_results_to_s3(run_dir, row["model_id"] or row["run_id"])
+            except ResultsUploadError as error:
+                raise CommandError(f"{error}. The results are still in {run_dir}") from error
+            finally:
+                detach(sink)
+        sink.note(
+            results_uri=receipt.uri,
+            results_bytes=receipt.size,
+            results_files=receipt.files,
+            results_crc32=receipt.crc32,
+        )
+    for text in receipt.warnings:
+        _warn(text)
+    if not receipt.verified:
+        _warn(f"the destination did not confirm size and checksum: keep {run_dir}")
+    _console().print(tables.receipt_table(report.Receipt(receipt.uri, receipt.size, receipt.files, receipt.crc32)))
+
+
+class _UploadSink:
+    """What the client tells of an upload goes into the run's row, so that a killed one can be cleaned up."""
+
+    def __init__(self, ledger: Ledger, run_id: str, directory: Path, progress: Progress) -> None:
+        self._ledger, self._run_id = ledger, run_id
+        self._progress, self._task = progress, progress.add_task("uploading", total=None)
+        self.directory = directory
+
+    def note(self, **columns: str | int | None) -> None:
+        self._ledger.append(Entry(self._run_id, time.time(), run=columns))
+
+    def multipart(self, key: str, upload_id: str) -> None:
+        self.note(upload_key=key, upload_id=upload_id or None)
+
+    def upload_progress(self, sent: int, total: int) -> None:
+        self._progress.update(self._task, completed=sent, total=total)
+
+    def post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool) -> None:
+        """Nothing is told to the hub: the run's final status stays what it is."""
 
 
 def _run_directory(run: dict[str, Any]) -> Path:
@@ -390,10 +452,6 @@ def _run_directory(run: dict[str, Any]) -> Path:
             f"The run directory {run_dir} is not here any more: NVFLARE moves it into its job store when a job ends"
         )
     return run_dir
-
-
-def _upload(run_dir: Path, model_id: str) -> report.Receipt:
-    raise CommandError(f"{Settings.load().bucket} {run_dir} {model_id}")
 
 
 if __name__ == "__main__":

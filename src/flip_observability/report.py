@@ -484,7 +484,7 @@ def duration(seconds: float | None) -> str:
     """A duration as a person says it."""
     if seconds is None:
         return "-"
-    if seconds < 60:
+    if seconds < 59.95:  # what would be shown as 60.0 s is a minute
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
