@@ -77,6 +77,10 @@ def end(recorder: RunRecorder, status: str = "RESULTS_UPLOADED", seconds: float 
 ALL = ["INITIATED", "PREPARED", "TRAINING_STARTED", "RESULTS_UPLOADED"]
 
 
+def is_writable(recorder: RunRecorder) -> bool:
+    return recorder.ledger_writable
+
+
 def is_monotonic(statuses: list[str]) -> bool:
     ranks = [ALL.index(status) for status in statuses]
     return ranks == sorted(ranks)
@@ -176,6 +180,63 @@ def test_an_unusable_directory_still_tells_the_hub(hub: EmbeddedHub, model_id: s
         assert end(recorder)
         assert hub.statuses(model_id)[-1] == "RESULTS_UPLOADED"
         assert is_monotonic(hub.statuses(model_id))
+    finally:
+        recorder.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB of its own."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let tests mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_read_only_disk_still_tells_the_hub_and_heals(hub: EmbeddedHub, model_id: str, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    recorder = RunRecorder(RunIdentity(str(uuid.uuid4()), "job", model_id), settings_for(hub), small_disk / "ledger")
+    try:
+        assert is_writable(recorder) is False
+        train(recorder)
+        assert hub.wait(lambda h: h.statuses(model_id)[-1:] == ["TRAINING_STARTED"])
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+        deadline = time.monotonic() + 30
+        while not is_writable(recorder) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert is_writable(recorder) is True
+        assert end(recorder)
+        assert is_monotonic(hub.statuses(model_id))
+        assert hub.statuses(model_id)[-1] == "RESULTS_UPLOADED"
+        with Ledger(small_disk / "ledger") as ledger:
+            names = [row["name"] for row in ledger.events(recorder.identity.run_id)]
+        assert {"_start_run", "_training_started", "_end_run"} <= set(names)
+    finally:
+        recorder.close()
+
+
+def test_a_full_disk_still_tells_the_hub(hub: EmbeddedHub, model_id: str, small_disk: Path) -> None:
+    recorder = RunRecorder(RunIdentity(str(uuid.uuid4()), "job", model_id), settings_for(hub), small_disk / "ledger")
+
+    def fill() -> None:
+        with (small_disk / "filler").open("wb", buffering=0) as out:
+            while True:
+                out.write(b"x" * 4_096)
+
+    try:
+        recorder.record(FlareEvents.START_RUN)
+        with pytest.raises(OSError, match="No space left"):
+            fill()
+        for number in range(300):
+            recorder.record(FlareEvents.GLOBAL_BEST_MODEL_AVAILABLE, {"workflow": "w" * 200, "number": number})
+        assert not recorder.ledger_writable
+        train(recorder)
+        assert end(recorder)
+        assert is_monotonic(hub.statuses(model_id))
+        assert hub.statuses(model_id)[-1] == "RESULTS_UPLOADED"
     finally:
         recorder.close()
 
