@@ -47,6 +47,7 @@ class Persist:
     def __init__(self, raises: BaseException | None = None) -> None:
         self.raises = raises
         self.calls = 0
+        self.model_id = MODEL
 
     def execute(self, fl_ctx: FLContext) -> None:
         self.calls += 1
@@ -203,8 +204,11 @@ def test_any_spelling_of_a_uuid_is_sent_in_its_canonical_form() -> None:
 
 
 def test_no_model_id_in_local_dev_is_the_run_id() -> None:
-    handler, engine = make(model_id="")
+    persist = Persist()
+    persist.model_id = ""
+    handler, engine = make(persist=persist, model_id="")
     run(handler, engine, EventType.START_RUN, *END)
+    assert persist.model_id == handler.model_id
     assert handler.model_id == str(uuid.UUID(handler.model_id))
     assert [event for event, _ in engine.fired if event == EventType.FATAL_SYSTEM_ERROR] == []
 
@@ -320,6 +324,14 @@ def test_events_before_start_twice_and_from_eight_threads(tmp_path: Path) -> Non
         facts = [fact[0] for row in ledger.events() for fact in row["facts"]]
         assert [run["final_status"] for run in ledger.runs()] == [client.statuses[-1]]
     assert facts.count("run_started") == facts.count("run_finished") == 1
+
+
+def test_an_end_without_an_engine_is_no_upload() -> None:
+    client, persist = Client(), Persist()
+    handler, engine = make(client, persist=persist)
+    run(handler, engine, EventType.START_RUN, EventType.ABOUT_TO_END_RUN)
+    handler.handle_event(EventType.END_RUN, FLContext())
+    assert (client.statuses, persist.calls) == (["ERROR"], 0)
 
 
 def test_end_run_without_about_to_end_run_is_an_error_and_not_the_end() -> None:

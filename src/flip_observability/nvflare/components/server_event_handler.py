@@ -245,8 +245,10 @@ class ServerEventHandler(UsesFlip, FLComponent):
             return False
 
     def _persist(self, recorder: RunRecorder, fl_ctx: FLContext) -> UploadOutcome:
-        if self.persist_and_cleanup is None:
+        if self.persist_and_cleanup is None or fl_ctx.get_engine() is None:
             return UploadOutcome.FAILED
+        if getattr(self.persist_and_cleanup, "model_id", None) == "":
+            self.persist_and_cleanup.model_id = self.model_id  # with LOCAL_DEV it may be one that only we know
         try:
             self.persist_and_cleanup.execute(fl_ctx)
         except BaseException as error:  # noqa: BLE001 - the final status must be sent whatever it was
