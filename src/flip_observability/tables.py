@@ -220,7 +220,7 @@ _RUN_COLUMNS: tuple[tuple[str, int, Callable[[RunLine, int], str | Text]], ...] 
     ("status", 0, lambda line, width: _status(line.status)),
     ("hub", 0, lambda line, width: Text(line.hub.state, _HUB_STYLES.get(line.hub.state, ""))),
     ("round", 0, lambda line, width: _progress(line)),
-    ("started", 0, lambda line, width: local_time(line.started or line.created)),
+    ("started", 75, lambda line, width: local_time(line.started or line.created)),
     ("duration", 100, lambda line, width: duration(line.seconds)),
     ("problems", 110, lambda line, width: Text(safe(", ".join(line.problems)) or "-")),
     ("net", WIDE, lambda line, width: Text(safe(line.net_id or "-", 24))),
