@@ -20,7 +20,8 @@ from flip_observability.lifecycle import Scalar
 FLIP_CONTROLLERS = "flip.nvflare.controllers"
 """FLIP's own controllers send results and metrics to the hub themselves; what they do is not sent twice."""
 
-RESULT_PROPS = {"uri": "flip.results.uri", "bytes": "flip.results.bytes", "files": "flip.results.files"}
+RESULT_PROPS = {name: f"flip.results.{name}" for name in ("uri", "bytes", "files", "crc32")}
+"""What is known of an upload, and under which name the context of RESULTS_UPLOAD_COMPLETED holds it."""
 MAX_TEXT = 256
 """Characters kept of a name that comes from outside."""
 
@@ -60,7 +61,12 @@ def metric_of(fl_ctx: FLContext) -> dict[str, Any] | None:
     value = float(dxo.data["value"])
     if not math.isfinite(value):
         return None
-    return {"client": str(client), "label": str(dxo.data["label"]), "value": value, "round": dxo.data.get("round")}
+    return {
+        "client": str(client)[:MAX_TEXT],
+        "label": str(dxo.data["label"])[:MAX_TEXT],
+        "value": value,
+        "round": dxo.data.get("round"),
+    }
 
 
 def peer_name(fl_ctx: FLContext) -> str:

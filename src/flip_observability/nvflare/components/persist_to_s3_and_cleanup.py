@@ -17,7 +17,7 @@ from flip_observability.nvflare.model_id import resolve_model_id
 from flip_observability.utils import canonical_uuid
 
 GLOBAL_MODEL = "FL_global_model.pt"
-RECEIPT = {"uri": "uri", "bytes": "size", "files": "files"}
+RECEIPT = {"uri": "uri", "bytes": "size", "files": "files", "crc32": "crc32"}
 """Attributes of an upload's receipt, by what the context tells of them."""
 APP_FOLDERS = ("save", "transfer")
 """Folders of the workspace where the submitted app of a model was kept; they hold no results."""

@@ -181,7 +181,7 @@ class ServerEventHandler(UsesFlip, FLComponent):
 
     def _keep_receipt(self, recorder: RunRecorder, attrs: dict[str, Any], fl_ctx: FLContext) -> None:
         if "uri" in attrs:
-            recorder.set_columns(**{f"results_{key}": attrs.get(key) for key in ("uri", "bytes", "files")})
+            recorder.set_columns(**{f"results_{key}": attrs.get(key) for key in context.RESULT_PROPS})
 
     def _relay_metric(self, recorder: RunRecorder, attrs: dict[str, Any], fl_ctx: FLContext) -> None:
         metric = context.metric_of(fl_ctx)
