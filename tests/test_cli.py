@@ -327,6 +327,16 @@ def test_show_everything(flip_obs: FlipObs, ledger: Ledger) -> None:
     assert "before_process_submission" in flip_obs("show", run.run_id, "--all").out
 
 
+def test_the_timeline_tells_what_a_client_could_not_do(flip_obs: FlipObs, ledger: Ledger) -> None:
+    run = trained(ledger, status=None)
+    run.at(30, FlareEvents.BEFORE_PROCESS_SUBMISSION, client="site-9", task_id="x", return_code="EXECUTION_EXCEPTION")
+    run.at(31, FlareEvents.AFTER_CONTRIBUTION_ACCEPT, client="site-8", accepted=False)
+    out = flip_obs("show", run.run_id).out
+    assert "client=site-9 return_code=EXECUTION_EXCEPTION" in out
+    assert "client=site-8 accepted=False" in out
+    assert "accepted=True" not in out
+
+
 def test_show_as_json(flip_obs: FlipObs, ledger: Ledger) -> None:
     run = trained(ledger)
     whole = json.loads(flip_obs("show", run.run_id[:10], "--json").out)

@@ -10,7 +10,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from flip_observability.constants import FlareEvents, FlipEvents
 from flip_observability.report import (
+    EventLine,
     HubAnswer,
     OutboxLine,
     Receipt,
@@ -25,9 +27,23 @@ from flip_observability.report import (
 WIDE = 150
 """Columns from which ids are shown in full; below, their first eight characters, which every command accepts."""
 
-TOLD_ELSEWHERE = frozenset({"after_task_data_filter", "before_process_submission", "flip.hub_request"})
-"""Events that the timeline leaves out, because another table of the same page says it better."""
+TOLD_ELSEWHERE = frozenset(
+    name.value.lstrip("_")
+    for name in (
+        FlareEvents.AFTER_TASK_DATA_FILTER,
+        FlareEvents.BEFORE_PROCESS_SUBMISSION,
+        FlareEvents.AFTER_CONTRIBUTION_ACCEPT,
+        FlareEvents.BEFORE_AGGREGATION,
+        FlareEvents.AFTER_AGGREGATION,
+        FlareEvents.BEFORE_LEARNABLE_PERSIST,
+        FlareEvents.AFTER_LEARNABLE_PERSIST,
+        FlipEvents.SEND_RESULT,
+    )
+) | {"flip.hub_request"}
+"""Events of every round and client: the timeline leaves them out, as long as they say that all is well."""
+_WELL = {"accepted": True, "return_code": "OK"}
 _NO_DETAIL = frozenset({"relay", "task_id"})
+_NAMES_WORKFLOW = frozenset({FlareEvents.START_WORKFLOW.lstrip("_"), FlareEvents.END_WORKFLOW.lstrip("_")})
 
 _STATUS_STYLES = {"RESULTS_UPLOADED": "green", "STOPPED": "yellow", "ERROR": "red", "RESULTS_UPLOAD_FAILED": "red"}
 _HUB_STYLES = {"accepted": "green", "pending": "yellow", "rejected": "red", "expired": "red", "dropped": "red"}
@@ -91,7 +107,7 @@ def receipt_table(receipt: Receipt) -> Table:
 
 def _summary(run: RunLine) -> Table:
     table = Table.grid(padding=(0, 2))
-    finished = f"{local_time(run.finished)}, decided by {safe(run.final_by)}" if run.finished else "-"
+    finished = f"{local_time(run.finished)}, decided by the {safe(run.final_by)}" if run.finished else "-"
     rows: tuple[tuple[str, str | Text], ...] = (
         ("run", safe(run.run_id)),
         ("job", safe(run.job_id or "-")),
@@ -159,17 +175,25 @@ def _results(report: RunReport) -> RenderableType | None:
 
 
 def _timeline(report: RunReport, all_events: bool) -> RenderableType | None:
-    shown = [line for line in report.events if all_events or line.name not in TOLD_ELSEWHERE]
+    shown = [line for line in report.events if all_events or _is_news(line)]
     if not shown:
         return None
     table = _table("time", "after", "event", "details")
     for line in shown:
         after = f"+{line.offset:.1f} s"
-        table.add_row(local_time(line.time), after, Text(safe(line.name, 64)), Text(_details(line.attrs)))
+        details = dict(line.attrs)
+        if line.name not in _NAMES_WORKFLOW:
+            details.pop("workflow", None)  # on every event: once is enough
+        table.add_row(local_time(line.time), after, Text(safe(line.name, 64)), Text(_details(details)))
     left_out = len(report.events) - len(shown)
     if not left_out:
         return table
-    return Group(table, Text(f"{left_out} events of client tasks and hub requests left out; --all shows them.", "dim"))
+    return Group(table, Text(f"{left_out} events of rounds and clients left out; --all shows them.", "dim"))
+
+
+def _is_news(line: EventLine) -> bool:
+    well = all(line.attrs.get(name, value) == value for name, value in _WELL.items())
+    return line.name not in TOLD_ELSEWHERE or not well
 
 
 def _table(*columns: str) -> Table:
@@ -210,8 +234,12 @@ def _hub(answer: HubAnswer) -> Text:
 
 
 def _details(attrs: Mapping[str, Any]) -> str:
-    shown = (f"{safe(name, 40)}={safe(value)}" for name, value in attrs.items() if name not in _NO_DETAIL)
+    shown = (f"{safe(name, 40)}={_value(value)}" for name, value in attrs.items() if name not in _NO_DETAIL)
     return safe(" ".join(shown), 600)
+
+
+def _value(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else safe(value)
 
 
 _RUN_COLUMNS: tuple[tuple[str, int, Callable[[RunLine, int], str | Text]], ...] = (
