@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sqlite3
@@ -18,7 +19,8 @@ import pytest
 
 from flip_observability.constants import FlareEvents, FlipEvents
 from flip_observability.demo.hub import EmbeddedHub
-from flip_observability.ledger import Ledger
+from flip_observability.hub import Dispatcher, HubTransport
+from flip_observability.ledger import Entry, Ledger, OutboxItem
 from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.recorder import RunIdentity, RunRecorder, new_run_id
 from flip_observability.settings import Settings
@@ -112,8 +114,6 @@ def test_what_another_process_finalised_is_not_sent_again(
     recorder = start()
     train(recorder)
     with Ledger(tmp_path / "ledger") as ledger:
-        from flip_observability.ledger import Entry
-
         assert ledger.append(Entry(recorder.identity.run_id, time.time(), final_status="ERROR", final_by="sentinel"))
     recorder.record(FlareEvents.ABOUT_TO_END_RUN)
     effects = recorder.record(FlareEvents.END_RUN, {"status": "RESULTS_UPLOADED"})
@@ -310,16 +310,28 @@ def test_a_final_status_survives_the_death_of_its_process_and_is_delivered_by_an
         assert child.stdout is not None
         assert child.stdout.readline() == b"recorded\n"
         os.kill(child.pid, signal.SIGKILL)
-    start()  # a job of another model: its dispatcher finds the row, once the dead process's lease is over
-    deadline = time.monotonic() + 60
-    while hub.statuses(model_id) != ["ERROR"] and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert hub.statuses(model_id) == ["ERROR"]
+    start()  # a job of another model: its dispatcher finds the row
+    assert hub.wait(lambda h: h.statuses(model_id) == ["ERROR"], timeout=60)
+
+
+def test_a_lease_of_a_dead_process_is_not_waited_for(hub: EmbeddedHub, model_id: str, tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        item = OutboxItem(model_id, "status", {"status": "ERROR"}, final=True)
+        ledger.append(Entry("r1", time.time(), final_status="ERROR", final_by="job", outbox=(item,)))
+        dead = dataclasses.replace(current_process(), pid=4_194_305)
+        [row] = ledger.lease(f"{dead.token()}|x", time.time(), 3_600.0, 1)
+        transport = HubTransport(settings_for(hub))
+        assert Dispatcher(ledger, transport, settings_for(hub)).run_once() == 1
+        assert hub.statuses(model_id) == ["ERROR"]
+        ledger.set_outbox_state([row.id], "pending", time.time())
+        living = f"{current_process().token()}|x"
+        send_again = OutboxItem(model_id, "status", {"status": "ERROR"}, final=True)
+        ledger.append(Entry(None, time.time(), outbox=(send_again,)))
+        assert len(ledger.lease(living, time.time(), 3_600.0, 1)) == 1
+        assert Dispatcher(ledger, transport, settings_for(hub)).run_once() == 0
 
 
 def test_the_spool_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
-    from flip_observability.ledger import Entry
-
     spool = Spool(tmp_path)
     spool.add(Entry("r1", 1.0, run={"round": 2}))
     with Ledger(tmp_path) as ledger:

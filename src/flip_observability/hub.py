@@ -37,6 +37,7 @@ from flip_observability.constants import ModelStatus
 from flip_observability.errors import QUIET_SECONDS, report
 from flip_observability.ledger import Ledger, OutboxRow
 from flip_observability.lifecycle import Fact
+from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.settings import Settings
 from flip_observability.utils import canonical_uuid
 
@@ -469,6 +470,8 @@ MAX_ROW_SECONDS = 60.0
 EXPIRY_SECONDS = 60.0
 """How often the outbox is searched for rows that have become too old."""
 EXPIRY_BATCH = 1_000
+INHERIT_SECONDS = 2.0
+"""How often leases are searched for whose process is gone."""
 FACTS_AT_ONCE = 10
 FACTS_EVERY = 20
 """After :data:`FACTS_AT_ONCE` attempts of a row, one fact counts that many: an outage must not fill the ledger."""
@@ -546,13 +549,14 @@ class Dispatcher:
         self._max_age = settings.outbox_max_age_hours * 3600
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311 - jitter
-        self._owner = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._owner = f"{current_process().token()}|{uuid.uuid4().hex[:12]}"
         self._wake = threading.Condition()
         self._in_flight = 0
         self._delivered = 0
         self._nudged = False
         self._illness: _Illness | None = None
         self._next_expiry = 0.0
+        self._inherited_at = float("-inf")
         self._quiet = _Quiet()
         self._stop: threading.Event | None = None
         self._thread: threading.Thread | None = None
@@ -666,6 +670,7 @@ class Dispatcher:
         """Take rows and begin to send them. Returns how many."""
         try:
             self._expire(self._time(now))
+            self._inherit(self._time(now))
             rows, probe = self._take(self._time(now))
         except Exception as error:  # noqa: BLE001 - this loop lives as long as the process
             report("hub", error, "cannot take rows from the outbox; trying again")
@@ -693,6 +698,16 @@ class Dispatcher:
         if due is None or due > now:
             return [], False
         return self._ledger.lease(self._owner, now, LEASE_SECONDS, free), False
+
+    def _inherit(self, now: float) -> None:
+        """Free what dead processes had leased: nobody need wait for leases that nobody will give back."""
+        if abs(now - self._inherited_at) < INHERIT_SECONDS:
+            return
+        self._inherited_at = now
+        for owner in self._ledger.lease_owners(now):
+            process = ProcessIdentity.from_token(owner)
+            if process is not None and process.is_alive() is False:
+                self._ledger.break_leases(owner)
 
     def _lease_probe(self, now: float) -> list[OutboxRow]:
         # First what has not just been tried: a row that makes a healthy hub fail must not be its only probe for ever.

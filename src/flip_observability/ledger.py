@@ -505,6 +505,17 @@ class Ledger:
                 event = Event("flip.hub_request", now, attrs)
                 self._insert_event(db, Entry(row.run_id, now, event), facts)
 
+    def lease_owners(self, now: float) -> list[str]:
+        """Who holds a lease at ``now`` (epoch seconds)."""
+        sql = "SELECT DISTINCT lease_owner FROM outbox WHERE lease_until > 0 AND lease_until > ?"
+        return [row[0] for row in self._rows(sql, (now,)) if row[0]]
+
+    def break_leases(self, owner: str) -> int:
+        """Free the rows of an owner that is no more, to be sent at once. Returns how many."""
+        with self._transaction() as db:
+            sql = "UPDATE outbox SET lease_owner = NULL, lease_until = 0, next_attempt = 0 WHERE lease_owner = ?"
+            return db.execute(sql, (owner,)).rowcount
+
     def release_backoff(self, now: float) -> int:
         """Make every waiting row due: the hub has recovered. Returns how many."""
         with self._transaction() as db:

@@ -23,6 +23,19 @@ class ProcessIdentity:
         """As columns of a run's row."""
         return asdict(self)
 
+    def token(self) -> str:
+        """As a word, for a lease's owner; :meth:`from_token` reads it again."""
+        return "|".join([self.boot_id, self.pid_ns, str(self.pid), str(self.start_ticks)])
+
+    @classmethod
+    def from_token(cls, token: str) -> ProcessIdentity | None:
+        """The identity in the first parts of a token; None when it holds none."""
+        parts = token.split("|")
+        try:
+            return cls(parts[0], parts[1], int(parts[2]), int(parts[3]))
+        except (IndexError, ValueError):
+            return None
+
     def is_alive(self) -> bool | None:
         """Whether that process runs; None when it cannot be seen from here."""
         here = current_process()
