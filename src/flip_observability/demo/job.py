@@ -110,14 +110,14 @@ def _server(model_id: str, scenario: Scenario, workflow: Workflow, control_dir: 
 _WORKFLOWS: dict[Workflow, dict[str, Any]] = {
     "fedavg": _component(
         "fedavg",
-        "nvflare.app_common.workflows.fedavg.FedAvg",
+        "flip_observability.demo.workflows.AnnouncedFedAvg",
         num_clients=CLIENTS,
         num_rounds=ROUNDS,
         persistor_id="persistor",
     ),
     "sag": _component(
         "scatter_and_gather",
-        "nvflare.app_common.workflows.scatter_and_gather.ScatterAndGather",
+        "flip_observability.demo.workflows.AnnouncedScatterAndGather",
         min_clients=CLIENTS,
         num_rounds=ROUNDS,
         wait_time_after_min_received=0,

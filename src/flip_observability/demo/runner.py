@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,7 @@ from flip_observability.settings import Settings
 DEFAULT_FOLDER = Path("demo-run")
 JOB_SECONDS = 240.0
 """After this the job's process is killed: the simulator must not hold the demo for ever."""
-DELIVERY_SECONDS = 30.0
+DELIVERY_SECONDS = 60.0
 """For what is still in the outbox when the job's process has ended."""
 _LOOK_SECONDS = 0.25
 _PACKAGES = {"moto": "moto[server]", "flask": "moto[server]", "numpy": "numpy", "sklearn": "scikit-learn"}
@@ -103,7 +103,7 @@ def run_demo(
     Raises:
         DemoError: an unknown scenario, or packages of the ``demo`` extra are missing.
     """
-    evidence, _ = stage(
+    _, summary = stage(
         scenario,
         folder=folder,
         ledger_dir=ledger_dir,
@@ -112,7 +112,7 @@ def run_demo(
         pace=pace,
         console=console or Console(highlight=False),
     )
-    return 1 if judge(SCENARIOS[scenario], evidence) else 0
+    return 1 if summary.differences else 0
 
 
 def stage(
@@ -168,14 +168,13 @@ def _run_job(demo: _Demo, view: View, reader: LedgerReader) -> None:
         str(demo.folder / "job"),
         str(demo.folder / "workspace"),
     ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_FORGET)}
     with demo.log.open("wb") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment | demo.variables(),
+            env=job_environment(demo.variables()),
             start_new_session=True,  # the simulator starts processes of its own: all of them end together
         )
         try:
@@ -184,6 +183,11 @@ def _run_job(demo: _Demo, view: View, reader: LedgerReader) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def job_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without what could lead the demo to real hubs and buckets, and with ``variables``."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_FORGET)} | dict(variables)
 
 
 def _watch(demo: _Demo, view: View, reader: LedgerReader, process: subprocess.Popen[bytes]) -> None:
@@ -231,6 +235,8 @@ def _deliver_the_rest(demo: _Demo, view: View, reader: LedgerReader) -> None:
         settings = Settings(**demo.variables())  # type: ignore[arg-type]
         transport = HubTransport(settings)
         dispatcher = Dispatcher(ledger, transport, settings)
+        # An observer that had seen the outage would find the hub well with its next probe, and release what waits.
+        ledger.release_backoff(time.time())
         deadline = time.monotonic() + DELIVERY_SECONDS
         while _waiting(ledger, demo) and time.monotonic() < deadline:
             dispatcher.run_once()

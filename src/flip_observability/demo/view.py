@@ -20,7 +20,7 @@ from flip_observability.demo.bucket import BucketRecord
 from flip_observability.demo.hub import HubRecord
 from flip_observability.demo.scenarios import GLOBAL_ACCURACY, Scenario
 from flip_observability.ledger import FILE_NAME, Ledger, LedgerError
-from flip_observability.report import DONE, LATE, RunReport, duration, local_time, moment, run_report, safe, size
+from flip_observability.report import DONE, LATE, OPEN, RunReport, duration, local_time, moment, run_report, safe, size
 
 _BAR = 20
 _HUB_LINES = 8
@@ -118,33 +118,34 @@ class View:
         if self._live is not None:
             self._live.update(page(glance, self._scenario, time.monotonic() - self._begun), refresh=True)
             return
-        for line in news(glance):
-            if line not in self._told:
-                self._told.add(line)
+        for key, line in news(glance):
+            if key not in self._told:
+                self._told.add(key)
                 self.say(line)
 
     def _elapsed(self) -> str:
         return f"{time.monotonic() - self._begun:6.1f} s"
 
 
-def news(glance: Glance) -> list[str]:
-    """Every fact of a run in a line that stays the same once it is true."""
-    lines: list[str] = []
-    if glance.report is not None:
-        lines.append(f"run {glance.report.run.run_id} began")
-        lines += [_round_news(glance, item.round or 0) for item in glance.report.rounds if item.state == DONE]
-        lines += [f"problem: {name}" for name in glance.report.run.problems]
-        lines += [f"upload of the results: {item.state}" for item in glance.report.uploads if item.state != "open"]
-        lines += [f"status {item.status}" for item in glance.report.statuses]
-    lines += [f"  the hub accepted {record.status}" for record in _statuses(glance.hub)]
-    return lines
+def news(glance: Glance) -> list[tuple[str, str]]:
+    """Every fact of a run in a line, with a key by which it is known whether it has been told."""
+    lines: list[tuple[str, str]] = []
+    report = glance.report
+    if report is not None:
+        lines.append(("run", f"run {report.run.run_id} began"))
+        over = [item.round for item in report.rounds if item.state == DONE and item.round in glance.accuracy]
+        lines += [(f"round {number}", _round_news(glance, number)) for number in over if number is not None]
+        lines += [(name, f"problem: {name}") for name in report.run.problems]
+        uploads = [item.state for item in report.uploads if item.state != OPEN]
+        lines += [(f"upload {state}", f"upload of the results: {state}") for state in uploads]
+        lines += [(item.status, f"status {item.status}") for item in report.statuses]
+    told = [record.status for record in _statuses(glance.hub)]
+    return [*lines, *((f"hub {status}", f"  the hub accepted {status}") for status in told)]
 
 
 def _round_news(glance: Glance, number: int) -> str:
-    value = glance.accuracy.get(number)
-    times = ", ".join(f"{site} {seconds:.1f} s" for site, seconds in sorted(_site_times(glance, number).items()))
-    known = f"global accuracy {value:.3f}" if value is not None else "not aggregated"
-    return f"round {number}: {known} ({times})"
+    times = ", ".join(f"{site} {duration(seconds)}" for site, seconds in sorted(_site_times(glance, number).items()))
+    return f"round {number}: global accuracy {glance.accuracy[number]:.3f} ({times})"
 
 
 def page(glance: Glance, scenario: Scenario, elapsed: float) -> RenderableType:
