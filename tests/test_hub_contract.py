@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from email.utils import formatdate
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.hub import CONTRACTS, Reply, Verdict, _retry_after, classify
 from flip_observability.ledger import OutboxRow
 
-MODEL = str(uuid.uuid4())
+MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 
 METRIC = {"client": "site-3", "round": 2, "label": "LOSS_FUNCTION", "value": 0.5}
 EVENT = {

@@ -25,7 +25,7 @@ from flip_observability.ledger import Ledger
 from flip_observability.nvflare.components import ServerEventHandler
 from flip_observability.results import ResultsUploadError
 
-MODEL = str(uuid.uuid4())
+MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 
 
 class Generator:
