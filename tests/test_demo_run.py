@@ -104,6 +104,9 @@ def test_success(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stage.summary.checksum.startswith("CRC32 ")
     assert stage.summary.run_id in stage.out.getvalue()
     assert files_with(secret, stage.folder, stage.ledger) == []
+    assert {".log", ".db", ".txt", ".zip"} & {
+        f.suffix for f in files_with(evidence.model_id, stage.folder, stage.ledger)
+    }
     assert secret not in stage.out.getvalue() + repr(evidence)
     with Ledger(stage.ledger, read_only=True) as ledger:
         run = ledger.run(stage.summary.run_id)
