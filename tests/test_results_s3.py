@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,9 @@ MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 TARGET = Destination.parse("s3://results/net-1")
 SECRET = "CANARY-secret-access-key"
 MIB = 1024 * 1024
+PATIENT = _multipart.Patience(first_pause=0.001, longest_pause=0.005)
 HURRIED = _multipart.Patience(
-    connect=1, silence=0.5, attempts=10, total=2, stuck=3, first_pause=0.001, longest_pause=0.005
+    connect=5, silence=1, attempts=3, total=3, stuck=6, first_pause=0.001, longest_pause=0.005
 )
 
 
@@ -60,6 +62,12 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setattr(_multipart, "PATIENCE", PATIENT)
+
+
+@pytest.fixture
+def hurried(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket is not waited for long."""
     monkeypatch.setattr(_multipart, "PATIENCE", HURRIED)
 
 
@@ -273,7 +281,10 @@ def test_a_part_that_is_damaged_on_the_way_is_sent_again(
     assert sum(request.part == 1 for request in proxy.requests) == 3
 
 
-def test_a_hanging_part_is_sent_again(bucket: S3Client, proxy: FaultProxy, run_dir: Path, weights: bytes) -> None:
+def test_a_hanging_part_is_sent_again(
+    bucket: S3Client, proxy: FaultProxy, run_dir: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_multipart, "PATIENCE", replace(PATIENT, silence=3))
     proxy.faults = [Fault("UploadPart", hang, times=1)]
     assert stored(bucket, Calls().upload(run_dir))["weights.pt"] == weights
 
@@ -381,6 +392,7 @@ def test_nobody_listens(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("operation", ["CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"])
+@pytest.mark.usefixtures("hurried")
 def test_a_bucket_that_hangs_ends_in_a_time_out(
     bucket: S3Client, proxy: FaultProxy, run_dir: Path, operation: str
 ) -> None:
@@ -391,6 +403,7 @@ def test_a_bucket_that_hangs_ends_in_a_time_out(
     assert [upload_id for _, upload_id in calls.multipart][-1:] in ([], [""])
 
 
+@pytest.mark.usefixtures("hurried")
 def test_a_bucket_that_takes_no_more_bytes_ends_in_a_time_out(
     run_dir: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +426,7 @@ def test_a_bucket_that_takes_no_more_bytes_ends_in_a_time_out(
         assert Calls().failure(run_dir).reason == "timeout"
 
 
+@pytest.mark.usefixtures("hurried")
 def test_an_answer_that_never_ends_ends_in_a_time_out(bucket: S3Client, proxy: FaultProxy, run_dir: Path) -> None:
     """Each byte comes well within the time-out of a read."""
     listener = socket.socket()
@@ -504,6 +518,7 @@ def test_a_head_that_is_refused_leaves_it_unverified(bucket: S3Client, proxy: Fa
     assert calls.multipart[-1][1] == ""
 
 
+@pytest.mark.usefixtures("hurried")
 def test_a_head_that_hangs_leaves_it_unverified(bucket: S3Client, proxy: FaultProxy, run_dir: Path) -> None:
     proxy.faults = [Fault("HeadObject", hang)]
     receipt = Calls().upload(run_dir)
