@@ -57,7 +57,7 @@ class FaultServer:
         for connection in list(self._open):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
+        for thread in list(self._threads):
             thread.join(10)
 
     def push(self, connection: socket.socket, data: bytes) -> None:
@@ -81,8 +81,8 @@ class FaultServer:
                 return
             self.connections += 1
             thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _serve(self, connection: socket.socket) -> None:
         self._open.add(connection)

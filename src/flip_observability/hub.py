@@ -231,7 +231,11 @@ class _Deadline:
         self._wire: socket.socket | None = None
         self._timer = threading.Timer(seconds, self._cut)
         self._timer.daemon = True
-        self.over = False
+        self._end = time.monotonic() + seconds
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self._end
 
     def __enter__(self) -> _Deadline:
         self.current.deadline = self
@@ -254,7 +258,6 @@ class _Deadline:
 
     def _cut(self) -> None:
         with self._lock:
-            self.over = True
             if self._wire is not None:
                 with suppress(OSError):
                     self._wire.shutdown(socket.SHUT_RDWR)
