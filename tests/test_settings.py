@@ -52,7 +52,6 @@ def test_the_base_url_may_end_in_a_slash(monkeypatch: pytest.MonkeyPatch, url: s
         ("FLIP_RETENTION_DAYS", "0"),
         ("FLIP_OUTBOX_MAX_AGE_HOURS", "many"),
         ("FLIP_END_RUN_SECONDS", "-1"),
-        ("FLIP_METRICS_RECENT_RUNS", "1.5"),
     ],
 )
 def test_a_bad_value_is_named_without_showing_secrets(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:

@@ -78,13 +78,12 @@ class FlareEvents(_Text):
 class OwnEvents(_Text):
     """What this package itself puts into a run's history beside the events of NVFLARE and FLIP."""
 
-    REGISTERED = "flip.registered"
-    INTENT = "flip.intent"
     UPLOAD_FAILED = "flip.upload_failed"
     STATUS = "flip.status"
     ORPHANED = "flip.orphaned"
-    HUB_REJECTED = "flip.hub_rejected"
     FINAL_STATUS = "flip.final_status"
+    HUB_REQUEST = "flip.hub_request"
+    OBSERVABILITY_ERRORS = "flip.observability_errors"
 
 
 class FlipMetaKey(_Text):

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from flip_observability.constants import OwnEvents
 from flip_observability.lifecycle import Event, Fact
 
 log = logging.getLogger(__name__)
@@ -502,7 +503,7 @@ class Ledger:
             if facts:
                 attrs = {"kind": row.kind, "outcome": outcome, "state": state or "retried"}
                 attrs |= {"status": row.payload["status"]} if row.kind == "status" else {}
-                event = Event("flip.hub_request", now, attrs)
+                event = Event(OwnEvents.HUB_REQUEST.value, now, attrs)
                 self._insert_event(db, Entry(row.run_id, now, event), facts)
 
     def lease_owners(self, now: float) -> list[str]:
@@ -611,18 +612,6 @@ class Ledger:
         with self._transaction() as db:
             sql = "UPDATE runs SET root_claimed = ? WHERE run_id = ? AND root_claimed IS NULL"
             return db.execute(sql, (owner, run_id)).rowcount == 1
-
-    def get_meta(self, key: str) -> str | None:
-        """A value of ``meta``."""
-        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
-        return rows[0][0] if rows else None
-
-    def set_meta(self, key: str, value: str) -> None:
-        """Set a value of ``meta``."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
-            )
 
     # -- upkeep ------------------------------------------------------------------------------------------------------
 

@@ -241,13 +241,6 @@ class RunState:
         """Names of the spans that have begun and not ended."""
         return tuple(span.name for span in self._open.values())
 
-    def current_span_id(self) -> int:
-        """The span that things outside the table (a log line, a hub call) belong to."""
-        for name in (RESULTS_UPLOAD, ROUND, WORKFLOW):
-            if name in self._open:
-                return self._open[name].span_id
-        return derive_span_id(self.run_id, RUN)
-
     def is_premature_end(self) -> bool:
         """Rule 2: an END_RUN now would be one that a controller fired in the middle of a run."""
         return self.started and not self.about_to_end

@@ -375,7 +375,7 @@ class RunRecorder:
         counts = drain()
         if counts:
             facts = tuple(("observability_error", float(n), {"component": c}) for c, n in counts.items())
-            event = Event("flip.observability_errors", self.now(), {"count": sum(counts.values())})
+            event = Event(OwnEvents.OBSERVABILITY_ERRORS.value, self.now(), {"count": sum(counts.values())})
             with self._lock:
                 self._write(Entry(self.identity.run_id, self.now(), event, facts))
 

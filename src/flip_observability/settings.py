@@ -71,17 +71,7 @@ class Settings(BaseSettings):
     end_run_seconds: Annotated[float, Field(ge=0, le=60)] = Field(
         5,
         alias="FLIP_END_RUN_SECONDS",
-        description="Seconds that END_RUN may take, after the upload, to deliver the final status and the spans.",
-    )
-    capture_exception_messages: bool = Field(
-        False,
-        alias="FLIP_CAPTURE_EXCEPTION_MESSAGES",
-        description="Record messages and stack traces of exceptions too. They can hold patient data: leave it off.",
-    )
-    metrics_recent_runs: Annotated[int, Field(ge=0, le=1000)] = Field(
-        50,
-        alias="FLIP_METRICS_RECENT_RUNS",
-        description="Finished runs that keep per-run gauges beside the active ones and those of the last 24 hours.",
+        description="Seconds that END_RUN may take, after the upload, to deliver the final status.",
     )
 
     @field_validator("hub_url")

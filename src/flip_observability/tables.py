@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from flip_observability.constants import FlareEvents, FlipEvents
+from flip_observability.constants import FlareEvents, FlipEvents, OwnEvents
 from flip_observability.report import (
     EventLine,
     HubAnswer,
@@ -38,8 +38,9 @@ TOLD_ELSEWHERE = frozenset(
         FlareEvents.BEFORE_LEARNABLE_PERSIST,
         FlareEvents.AFTER_LEARNABLE_PERSIST,
         FlipEvents.SEND_RESULT,
+        OwnEvents.HUB_REQUEST,
     )
-) | {"flip.hub_request"}
+)
 """Events of every round and client: the timeline leaves them out, as long as they say that all is well."""
 _WELL = {"accepted": True, "return_code": "OK"}
 _NO_DETAIL = frozenset({"relay", "task_id"})
