@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -86,12 +84,6 @@ def test_one_class_under_all_its_names() -> None:
     for module in (flip_observability, hub):
         with pytest.raises(AttributeError):
             _ = module.nothing_of_this_name
-
-
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, flip_observability; print(sorted({m.partition('.')[0] for m in sys.modules}))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not {"nvflare", "torch", "boto3", "requests", "pydantic", "sqlite3"} & set(out.replace("'", " ").split())
 
 
 @pytest.mark.parametrize("status", [*ModelStatus, *map(str, ModelStatus)])
