@@ -73,6 +73,20 @@ CREATE TABLE metric_state (name TEXT, labels TEXT, value TEXT NOT NULL, PRIMARY 
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 """
 
+_HEADS = """
+WITH RECURSIVE heads (id) AS (
+    SELECT (SELECT id FROM outbox WHERE state = 'pending' ORDER BY model_id, lane, id LIMIT 1)
+    UNION ALL
+    SELECT coalesce(
+        (SELECT n.id FROM outbox AS n WHERE n.state = 'pending' AND n.model_id = c.model_id AND n.lane > c.lane
+         ORDER BY n.lane, n.id LIMIT 1),
+        (SELECT n.id FROM outbox AS n WHERE n.state = 'pending' AND n.model_id > c.model_id
+         ORDER BY n.model_id, n.lane, n.id LIMIT 1))
+    FROM heads AS h JOIN outbox AS c ON c.id = h.id
+)
+"""
+"""The first pending row of every model's lane, found by leaps over the index: an outage leaves 100,000s behind it."""
+
 _MIGRATIONS: dict[int, str] = {0: _SCHEMA}
 """From a schema version to the next one. Version 0 is an empty file."""
 
@@ -453,12 +467,11 @@ class Ledger:
         """
         with self._transaction() as db:
             rows = db.execute(
-                "SELECT * FROM outbox AS o WHERE state = 'pending' AND (next_attempt <= :now OR :hurry)"
+                f"{_HEADS} SELECT o.* FROM heads AS h JOIN outbox AS o ON o.id = h.id"
+                " WHERE (o.next_attempt <= :now OR :hurry)"
                 " AND NOT EXISTS (SELECT 1 FROM outbox AS l WHERE l.model_id = o.model_id AND l.lane = o.lane"
                 "                 AND l.lease_until > 0 AND l.lease_until > :now)"
-                " AND NOT EXISTS (SELECT 1 FROM outbox AS b WHERE b.model_id = o.model_id AND b.lane = o.lane"
-                "                 AND b.state = 'pending' AND b.id < o.id)"
-                " ORDER BY lane, final DESC, id LIMIT :limit",
+                " ORDER BY o.lane, o.final DESC, o.id LIMIT :limit",
                 {"now": now, "limit": limit, "hurry": int(ignore_backoff)},
             ).fetchall()
             db.executemany(
@@ -567,7 +580,8 @@ class Ledger:
 
     def next_due(self) -> float | None:
         """When the next row wants to be sent (epoch seconds); None when nothing waits."""
-        value = self._rows("SELECT min(max(next_attempt, lease_until)) FROM outbox WHERE state = 'pending'")[0][0]
+        sql = f"{_HEADS} SELECT min(max(next_attempt, lease_until)) FROM heads JOIN outbox USING (id)"
+        value = self._rows(sql)[0][0]
         return None if value is None else float(value)
 
     # -- reading -----------------------------------------------------------------------------------------------------
