@@ -1,4 +1,5 @@
-"""An S3 endpoint that keeps nothing but checksums: `python s3_sink.py` prints its port and serves until its input ends.
+"""An S3 endpoint that keeps nothing but checksums: `python s3_sink.py [SECONDS]` prints its port and serves until its
+input ends. SECONDS are waited before each part is read.
 
 It takes multipart uploads of any size, checks every part's CRC-32, the whole's, and the size, as S3 does, and answers
 HEAD with what it computed.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+import time
 import zlib
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     lock = threading.Lock()
+    delay = 0.0
     parts: dict[int, tuple[int, int]] = {}  # noqa: RUF012 - one upload at a time
     stored: dict[str, str] = {}  # noqa: RUF012
 
@@ -60,6 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, b"<CompleteMultipartUploadResult><ETag>e</ETag></CompleteMultipartUploadResult>")
 
     def do_PUT(self) -> None:
+        time.sleep(self.delay)
         length = left = int(self.headers.get("Content-Length") or 0)
         buffer, crc = memoryview(bytearray(256 * 1024)), 0
         while left:
@@ -101,6 +105,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
+    Handler.delay = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -363,6 +364,56 @@ def test_other_parts_stop_when_one_failed(bucket: S3Client, proxy: FaultProxy, r
     assert unfinished(bucket) == []
 
 
+def test_nothing_is_sent_behind_an_abort(
+    bucket: S3Client, proxy: FaultProxy, run_dir: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(_multipart.Patience):
+        def pause(self, failures: int) -> float:
+            return 30
+
+    monkeypatch.setattr(_multipart, "PATIENCE", Slow())
+    proxy.faults = [
+        Fault("UploadPart", error(403, "AccessDenied"), part=2),
+        Fault("UploadPart", error(503, "SlowDown")),
+    ]
+    calls = Calls()
+    assert calls.failure(run_dir).reason == "access_denied"
+    assert proxy.seen[-1] == "AbortMultipartUpload"
+    assert proxy.seen.count("UploadPart") <= 3
+    assert calls.multipart[-1][1] == "", "no thread is left that could send a part"
+
+
+def test_a_slow_link_is_no_silent_one(weights: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part takes longer than any time-out, and bytes flow all the time."""
+    monkeypatch.setattr(_multipart, "PATIENCE", replace(PATIENT, connect=1, silence=1))
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 * 1024)
+        slow.bind(("127.0.0.1", 0))
+        slow.listen(1)
+        received = []
+
+        def read_slowly() -> None:
+            connection, _ = slow.accept()
+            with connection, connection.makefile("rb") as stream:
+                while stream.readline().strip():
+                    pass
+                for _ in range(len(weights) // (MIB // 2)):
+                    received.append(stream.read(MIB // 2))
+                    time.sleep(0.1)
+                connection.sendall(b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 0\r\n\r\n')
+
+        thread = threading.Thread(target=read_slowly, daemon=True)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{slow.getsockname()[1]}")
+        body: Any = _multipart._Part(weights)
+        answer = _multipart.make_client().upload_part(
+            Bucket="results", Key="k", UploadId="u", PartNumber=1, Body=body, ChecksumCRC32="AAAAAA=="
+        )
+        thread.join(10)
+    assert answer["ETag"] == '"e"'
+    assert b"".join(received) == weights
+
+
 def test_a_bucket_that_does_not_exist(bucket: S3Client, run_dir: Path) -> None:
     calls = Calls()
     failed = calls.failure(run_dir, destination=Destination.parse("s3://another-one"))
@@ -600,8 +651,9 @@ print(json.dumps({"grown": peak() - before, "written": written, "size": receipt.
 @pytest.fixture
 def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     script = Path(__file__).with_name("s3_sink.py")
+    # Slower than the packing, so that parts pile up if they can.
     with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script), "0.1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -60,15 +60,15 @@ class Patience:
     """How long a bucket is waited for. All times in seconds.
 
     Args:
-        connect: until a connection stands.
-        silence: without one byte going either way.
+        connect: until a connection stands, and until a piece of a part is taken: urllib3 has one time-out for both.
+        silence: until the next bytes of an answer come.
         attempts: of one request.
         total: after which no further attempt of a request begins.
         stuck: after which a request that neither succeeded nor failed is given up.
         first_pause, longest_pause: bounds of the exponential back-off, of which a random share is waited.
     """
 
-    connect: float = 10
+    connect: float = 20
     silence: float = 60
     attempts: int = 10
     total: float = 240
@@ -390,7 +390,7 @@ class MultipartUpload:
         _, running = wait(self._in_flight, timeout=min(5.0, self._patience.silence))
         try:
             abort(self._client, self._bucket, self._key, self._upload_id)
-        except (BotoCoreError, ClientError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - why the upload failed must not be hidden by this
             _log.warning("Results upload: the unfinished upload could not be aborted (%s)", describe(error))
             return
         if not running:
