@@ -262,6 +262,21 @@ def test_calls_leave_no_descriptors_and_no_threads_behind() -> None:
         assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 
+def test_no_more_threads_is_no_fault_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with FaultServer(lambda connection, _: connection.sendall(OK)) as server:
+        transport = HubTransport(settings(server.url))
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Timer, "start", refuse)
+            reply = transport.send(row())
+        assert reply == Reply(error="RuntimeError")
+        assert classify(reply, row()) is Verdict.HUB_ILL
+        assert server.connections == 0  # nothing is sent that nothing would cut
+        assert transport.send(row()).status == 200
+
+
 # -- TLS ---------------------------------------------------------------------------------------------------------------
 
 

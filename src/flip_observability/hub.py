@@ -238,8 +238,8 @@ class _Deadline:
         return time.monotonic() >= self._end
 
     def __enter__(self) -> _Deadline:
-        self.current.deadline = self
         self._timer.start()
+        self.current.deadline = self
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -358,13 +358,12 @@ class HubTransport:
             data = None if body is None else json.dumps(body, allow_nan=False).encode()
         except Exception as error:  # noqa: BLE001 - whatever a row holds, it must not stop the others
             return Reply(error=type(error).__name__, unsendable=True)
-        with _Deadline(min(self._total, TOTAL_SECONDS)) as deadline:
-            try:
+        deadline = _Deadline(min(self._total, TOTAL_SECONDS))
+        try:
+            with deadline:
                 return self._call(method, path, data)
-            except (requests.RequestException, HTTPError, OSError) as error:
-                return Reply(error="DeadlineExceeded" if deadline.over else type(error).__name__)
-            except Exception as error:  # noqa: BLE001 - as above
-                return Reply(error=type(error).__name__, unsendable=True)
+        except Exception as error:  # noqa: BLE001 - no memory, no more threads: the row is not to blame
+            return Reply(error="DeadlineExceeded" if deadline.over else type(error).__name__)
 
     def _call(self, method: str, path: str, data: bytes | None) -> Reply:
         headers = {} if data is None else {"Content-Type": "application/json"}
