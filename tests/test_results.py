@@ -600,7 +600,8 @@ def test_twenty_thousand_small_files(run_dir: Path, target: Destination) -> None
             (run_dir / f"f{folder}" / f"{number}.json").write_bytes(b"%d" % number)
     descriptors = len(os.listdir("/proc/self/fd"))
     receipt = upload_results(run_dir, target, MODEL)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    # Fewer is no leak of ours: what earlier tests in this process left may be collected meanwhile.
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     found = members(receipt)
     assert receipt.files == 20_000
     assert found["f19/999.json"] == b"999"
