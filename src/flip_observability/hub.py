@@ -559,6 +559,7 @@ class Dispatcher:
         self._illness: _Illness | None = None
         self._next_expiry = 0.0
         self._inherited_at = float("-inf")
+        self._last_look = 0.0
         self._quiet = _Quiet()
         self._stop: threading.Event | None = None
         self._thread: threading.Thread | None = None
@@ -569,6 +570,11 @@ class Dispatcher:
     def hub_is_ill(self) -> bool:
         """Whether the hub did not answer, or refused everything, when it was last asked."""
         return self._illness is not None
+
+    @property
+    def last_look(self) -> float:
+        """When it last looked into the outbox and could (epoch seconds of the real clock; 0 for never)."""
+        return self._last_look
 
     def start(self) -> None:
         """Begin to work, on a daemon thread."""
@@ -677,6 +683,7 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - this loop lives as long as the process
             report("hub", error, "cannot take rows from the outbox; trying again")
             return 0
+        self._last_look = time.time()
         for row in rows:
             with self._wake:
                 self._in_flight += 1

@@ -24,6 +24,7 @@ import psutil
 
 from flip_observability.constants import OwnEvents
 from flip_observability.lifecycle import Event, Fact
+from flip_observability.process import ProcessIdentity
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ SCHEMA_VERSION = 1
 FL_THREAD_BUSY_MS = 50
 """How long a thread of NVFLARE waits for a ledger that another process is writing to."""
 BUSY_MS = 5_000
+OBSERVER_SECONDS = 30.0
+"""An observer that cannot be seen from here lives as long as its heartbeat is not older than this."""
 BATCH = 1_000
 """Rows deleted in one transaction, so that retention never holds the writers up."""
 
@@ -627,6 +630,52 @@ class Ledger:
             sql = "UPDATE runs SET root_claimed = ? WHERE run_id = ? AND root_claimed IS NULL"
             return db.execute(sql, (owner, run_id)).rowcount == 1
 
+    # -- the observer ------------------------------------------------------------------------------------------------
+
+    def observer_heartbeat(self) -> tuple[str, float] | None:
+        """Whose this ledger was last, and when it said so (epoch seconds); None when no observer has it."""
+        return _heartbeat(self._rows("SELECT value FROM meta WHERE key = 'observer'"))
+
+    def live_observer(self, now: float) -> str | None:
+        """The token of the observer that has this ledger and lives; None when there is none.
+
+        A process that can be seen from here is looked at. Of others the heartbeat tells: :data:`OBSERVER_SECONDS`.
+
+        Args:
+            now: epoch seconds.
+        """
+        found = self.observer_heartbeat()
+        return found[0] if found is not None and _lives(found, now) else None
+
+    def claim_observer(self, owner_token: str, now: float) -> bool:
+        """Take this ledger, or say that one still has it: the lock and the heartbeat of an observer in one write.
+
+        Args:
+            owner_token: a process's token and, behind another ``|``, anything that tells its observers apart.
+            now: epoch seconds.
+
+        Returns:
+            False when another observer has it and lives; then nothing was written.
+        """
+        found = self.observer_heartbeat()
+        if found is not None and found[0] != owner_token and _lives(found, now):
+            return False
+        with self._transaction() as db:
+            found = _heartbeat(db.execute("SELECT value FROM meta WHERE key = 'observer'").fetchall())
+            if found is not None and found[0] != owner_token and _lives(found, now):
+                return False
+            value = _dump([owner_token, now])
+            db.execute("INSERT INTO meta VALUES ('observer', ?1) ON CONFLICT (key) DO UPDATE SET value = ?1", (value,))
+            return True
+
+    def release_observer(self, owner_token: str) -> None:
+        """Give this ledger back, so that the next observer need not wait."""
+        with self._transaction() as db:
+            db.execute(
+                "DELETE FROM meta WHERE key = 'observer' AND json_extract(value, '$[0]') = ?",
+                (owner_token,),
+            )
+
     # -- upkeep ------------------------------------------------------------------------------------------------------
 
     def forget_before(self, cutoff: float) -> int:
@@ -752,6 +801,21 @@ def _umask(mask: int) -> Iterator[None]:
         yield
     finally:
         os.umask(old)
+
+
+def _heartbeat(rows: list[sqlite3.Row]) -> tuple[str, float] | None:
+    try:
+        owner, at = json.loads(rows[0][0])
+        return str(owner), float(at)
+    except (IndexError, ValueError, TypeError):
+        return None  # nobody, or nothing that an observer of ours wrote: free to take
+
+
+def _lives(heartbeat: tuple[str, float], now: float) -> bool:
+    process = ProcessIdentity.from_token(heartbeat[0])
+    alive = process.is_alive() if process is not None else None
+    # A clock that was set: a heartbeat from the future says as little as an old one.
+    return abs(now - heartbeat[1]) < OBSERVER_SECONDS if alive is None else alive
 
 
 def _dump(value: Any) -> str:
