@@ -7,11 +7,11 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: help setup demo test lint fmt clean
+.PHONY: help setup demo test lint fmt clean prometheus-tools
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
@@ -26,8 +26,11 @@ setup: $(STAMP) ## virtual environment with everything installed
 demo: $(STAMP) ## a real federated run with an embedded hub and bucket (ARGS="--scenario fatal")
 	"$(BIN)/flip-obs" demo $(ARGS)
 
-test: lint ## lint, types, all tests with branch coverage
+test: lint prometheus-tools ## lint, types, all tests with branch coverage
 	"$(BIN)/python" -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
+
+prometheus-tools: ## Prometheus and Alertmanager for the tests, unpacked into ~/.cache (Debian, Ubuntu)
+	@scripts/fetch-prometheus.sh
 
 lint: $(STAMP) ## ruff and strict mypy
 	"$(BIN)/ruff" check .
