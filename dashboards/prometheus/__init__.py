@@ -1,0 +1,1 @@
+"""Alert rules, and the configuration of Prometheus and Alertmanager."""
