@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from flip_observability import ledger as ledger_module
+from flip_observability._fold import MetricsFold
 from flip_observability.ledger import (
     SCHEMA_VERSION,
     Entry,
@@ -165,6 +166,9 @@ def test_retention_keeps_what_the_hub_has_not_accepted(tmp_path: Path) -> None:
             send(ledger, "ERROR", run=run, model=MODEL if run == "done" else OTHER)
         [row] = [r for r in ledger.lease("a", 2.0, 15.0, 10) if r.run_id == "done"]
         ledger.settle(row, now=2.0, state="delivered", outcome="200")
+        assert ledger.forget_before(100.0) > 0  # of the outbox; what has not been counted stays, with its run
+        assert len(ledger.runs()) == 2
+        assert MetricsFold(ledger).catch_up()
         assert ledger.forget_before(100.0) > 0
         assert [run["run_id"] for run in ledger.runs()] == ["waiting"]
         assert [row.run_id for row in ledger.outbox()] == ["waiting"]

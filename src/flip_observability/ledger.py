@@ -15,10 +15,10 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -29,7 +29,7 @@ from flip_observability.process import ProcessIdentity
 log = logging.getLogger(__name__)
 
 FILE_NAME = "ledger.db"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FL_THREAD_BUSY_MS = 50
 """How long a thread of NVFLARE waits for a ledger that another process is writing to."""
 BUSY_MS = 5_000
@@ -90,8 +90,18 @@ WITH RECURSIVE heads (id) AS (
 """
 """The first pending row of every model's lane, found by leaps over the index: an outage leaves 100,000s behind it."""
 
-_MIGRATIONS: dict[int, str] = {0: _SCHEMA}
+_INDEXES_OF_METRICS = """
+CREATE INDEX runs_open ON runs (created) WHERE final_status IS NULL;
+CREATE INDEX runs_finished ON runs (final_time) WHERE final_status IS NOT NULL;
+CREATE INDEX outbox_ages ON outbox (kind, created) WHERE state = 'pending'
+"""
+"""A scrape reads what is open, waits, or has just finished: its cost must not grow with the history."""
+
+_MIGRATIONS: dict[int, str] = {0: _SCHEMA, 1: _INDEXES_OF_METRICS}
 """From a schema version to the next one. Version 0 is an empty file."""
+
+_CURSOR = "SELECT CAST(value AS INTEGER) AS value FROM meta WHERE key = 'metrics_cursor'"
+_STATE = "SELECT CAST(name AS BLOB), CAST(labels AS BLOB), CAST(value AS BLOB) FROM metric_state"
 
 RUN_COLUMNS = frozenset(
     "job_id model_id net_id run_dir boot_id pid_ns pid start_ticks heartbeat status started last_event ended workflow "
@@ -197,6 +207,16 @@ class OutboxRow:
     state: str
     done: float | None
     outcome: str | None
+
+
+class UnreadEvent(NamedTuple):
+    """An event that the metrics have not counted, raw: nothing in it need be what it should be, not even text."""
+
+    id: int
+    run_id: bytes | None
+    time: object
+    name: bytes | None
+    facts: bytes | None
 
 
 class Ledger:
@@ -676,20 +696,104 @@ class Ledger:
                 (owner_token,),
             )
 
+    # -- metrics -----------------------------------------------------------------------------------------------------
+
+    def unread_events(self, limit: int) -> tuple[int, list[UnreadEvent]]:
+        """The metrics' cursor (the id of the last event that they counted), and the first events behind it."""
+        cursor = _cursor(self._rows(_CURSOR))
+        # As bytes: one event whose text is no UTF-8 must not hide the others.
+        rows = self._rows(
+            "SELECT id, CAST(run_id AS BLOB), time, CAST(name AS BLOB), CAST(facts AS BLOB) FROM events "
+            "WHERE id > ? ORDER BY id LIMIT ?",
+            (cursor, limit),
+        )
+        return cursor, [UnreadEvent(*row) for row in rows]
+
+    def fold_metrics(
+        self,
+        cursor: int,
+        upto: int,
+        names: Iterable[str],
+        merge: Callable[[list[tuple[str, str, str]]], Iterable[tuple[str, str, str]]],
+    ) -> bool:
+        """Change metric state and move the cursor, in one transaction, unless somebody else moved it meanwhile.
+
+        Args:
+            cursor: where the caller read from.
+            upto: the id of the last event that the caller counted.
+            names: of the metrics that change.
+            merge: from their stored rows (name, labels, value) to the rows that change.
+
+        Returns:
+            False when another process was quicker; then nothing was written.
+        """
+        names = list(names)
+        with self._transaction() as db:
+            if _cursor(db.execute(_CURSOR).fetchall()) != cursor:
+                return False
+            rows = db.execute(f"{_STATE} WHERE name IN ({', '.join('?' * len(names))})", names).fetchall()
+            db.executemany(
+                "INSERT INTO metric_state (name, labels, value) VALUES (?, ?, ?) "
+                "ON CONFLICT (name, labels) DO UPDATE SET value = excluded.value",
+                merge([_state_row(row) for row in rows]),
+            )
+            db.execute(
+                "INSERT INTO meta VALUES ('metrics_cursor', ?1) ON CONFLICT (key) DO UPDATE SET value = ?1",
+                (str(upto),),
+            )
+            return True
+
+    def metric_state(self) -> list[tuple[str, str, str]]:
+        """All of the metrics' state: rows of name, labels and value."""
+        return [_state_row(row) for row in self._rows(_STATE)]
+
+    def open_runs(self, limit: int) -> list[dict[str, Any]]:
+        """Runs without a final status, the most recently active first."""
+        sql = "SELECT * FROM runs WHERE final_status IS NULL ORDER BY coalesce(last_event, created) DESC LIMIT ?"
+        return [_run(row) for row in self._rows(sql, (limit,))]
+
+    def count_active_runs(self) -> int:
+        """How many runs have begun and have no final status."""
+        sql = "SELECT count(*) FROM runs WHERE final_status IS NULL AND started IS NOT NULL"
+        return int(self._rows(sql)[0][0])
+
+    def finished_runs(self, since: float, at_least: int, at_most: int) -> list[dict[str, Any]]:
+        """Runs with a final status, the latest first.
+
+        Args:
+            since: epoch seconds; all that finished after it ...
+            at_least: ... but this many when there were fewer, ...
+            at_most: ... and never more than this many.
+        """
+        sql = "SELECT * FROM runs WHERE final_status IS NOT NULL {} ORDER BY final_time DESC LIMIT ?"
+        rows = self._rows(sql.format("AND final_time > ?"), (since, at_most))
+        if len(rows) < min(at_least, at_most):
+            rows = self._rows(sql.format(""), (min(at_least, at_most),))
+        return [_run(row) for row in rows]
+
+    def outbox_backlog(self) -> dict[str, tuple[int, float]]:
+        """By kind: how many rows wait, and since when the oldest does (epoch seconds)."""
+        sql = "SELECT kind, count(*), min(created) FROM outbox WHERE state = 'pending' GROUP BY kind"
+        return {str(kind): (int(count), float(oldest)) for kind, count, oldest in self._rows(sql)}
+
     # -- upkeep ------------------------------------------------------------------------------------------------------
 
     def forget_before(self, cutoff: float) -> int:
         """Delete the history of finished runs whose statuses were all settled before ``cutoff`` (epoch seconds).
+
+        What the metrics have not counted stays, and so does its run: count first.
 
         Returns:
             How many rows went. Works in batches, so that writers in other processes hardly notice.
         """
         waiting = "SELECT run_id FROM outbox WHERE state = 'pending' AND run_id IS NOT NULL"
         old = f"SELECT run_id FROM runs WHERE final_time < :cutoff AND run_id NOT IN ({waiting})"
+        read, this = f"SELECT coalesce(max(value), 0) FROM ({_CURSOR})", "runs.run_id"
         jobs = (
-            ("events", "id", f"run_id IN ({old}) OR (run_id IS NULL AND time < :cutoff)"),
+            ("events", "id", f"id <= ({read}) AND (run_id IN ({old}) OR (run_id IS NULL AND time < :cutoff))"),
             ("outbox", "id", f"state != 'pending' AND (run_id IN ({old}) OR (run_id IS NULL AND done < :cutoff))"),
-            ("runs", "run_id", f"run_id IN ({old})"),
+            # A run goes last of all: an event of a run that is no more would never be found again.
+            ("runs", "run_id", f"run_id IN ({old}) AND NOT EXISTS (SELECT 1 FROM events AS e WHERE e.run_id = {this})"),
         )
         gone = 0
         for table, key, where in jobs:
@@ -818,12 +922,26 @@ def _lives(heartbeat: tuple[str, float], now: float) -> bool:
     return abs(now - heartbeat[1]) < OBSERVER_SECONDS if alive is None else alive
 
 
+def _cursor(rows: list[sqlite3.Row]) -> int:
+    return int(rows[0][0]) if rows else 0
+
+
+def _state_row(row: sqlite3.Row) -> tuple[str, str, str]:
+    # Bytes that are no UTF-8 become text that is no JSON: one damaged row must not hide the others.
+    name, labels, value = (bytes(cell or b"").decode("utf-8", "replace") for cell in row)
+    return name, labels, value
+
+
 def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
 def _run(row: sqlite3.Row) -> dict[str, Any]:
-    return dict(row) | {"problems": json.loads(row["problems"])}
+    try:
+        problems = json.loads(row["problems"])
+    except (ValueError, TypeError):
+        problems = {}  # one damaged row must not hide the others
+    return dict(row) | {"problems": problems if isinstance(problems, dict) else {}}
 
 
 def _outbox_row(row: sqlite3.Row) -> OutboxRow:

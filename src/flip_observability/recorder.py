@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flip_observability._fold import MetricsFold
 from flip_observability.constants import OwnEvents
 from flip_observability.errors import drain, report
 from flip_observability.hub import CONTRACTS, Dispatcher, Transport, transport_for
@@ -309,6 +310,13 @@ class RunRecorder:
         ledger.checkpoint()
 
     def _forget(self, ledger: Ledger) -> None:
+        # Only what has been counted may go, and there need not be an observer that counts.
+        try:
+            MetricsFold(ledger).catch_up()
+        except LedgerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - metrics may not keep the history from being written
+            report("metrics", error, "cannot count events; history that is not counted is kept")
         ledger.forget_before(self.now() - self.settings.retention_days * 86_400)
 
     @staticmethod

@@ -74,6 +74,12 @@ class Settings(BaseSettings):
         description="Seconds that END_RUN may take, after the upload, to deliver the final status.",
     )
 
+    metrics_recent_runs: Annotated[int, Field(ge=0, le=1_000)] = Field(
+        50,
+        alias="FLIP_METRICS_RECENT_RUNS",
+        description="Finished runs that metrics tell of one by one, beside all that finished in the last 24 hours.",
+    )
+
     @field_validator("hub_url")
     @classmethod
     def _hub_url(cls, value: str) -> str:
