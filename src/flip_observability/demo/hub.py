@@ -2,21 +2,29 @@
 
 It judges like the real hub (401 for a bad key, 404 for what it does not know, 422 for what it does not understand), and
 its faults can be switched while it runs: down, hanging, or answering with any status code.
+
+``python -m flip_observability.demo.hub`` runs it on its own, as the stack of ``docker-compose.yml`` does.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import logging
+import os
 import secrets
+import signal
 import socket
+import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -26,6 +34,9 @@ Contract = Literal["2026-05", "2026-10"]
 
 MAX_BODY_BYTES = 1 << 20
 """A larger body is refused with 413."""
+
+HEALTH_PATH = "/healthz"
+"""Answered with 200 to anybody while the hub is up, and not recorded."""
 
 HEADERS_OF_INTEREST = ("traceparent", "tracestate", "content-type", "user-agent")
 """What a record keeps of a request's headers. Never the service key."""
@@ -223,6 +234,8 @@ class EmbeddedHub:
         host: address to listen on.
         port: 0 picks a free one. It stays the same over :meth:`down` and :meth:`up`.
         base: path that every endpoint starts with.
+        keep: how many records are kept, the latest ones; None for all.
+        on_record: is called with each record, on the thread of its request.
     """
 
     def __init__(
@@ -235,6 +248,8 @@ class EmbeddedHub:
         host: str = "127.0.0.1",
         port: int = 0,
         base: str = "/api",
+        keep: int | None = None,
+        on_record: Callable[[HubRecord], None] | None = None,
     ) -> None:
         self.contract: Contract = contract
         self.key = secrets.token_urlsafe(24) if key is None else key
@@ -244,7 +259,8 @@ class EmbeddedHub:
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
-        self._records: list[HubRecord] = []
+        self._records: deque[HubRecord] = deque(maxlen=keep)
+        self._on_record = on_record
         self._fault: _Fault | None = None
         self._release = threading.Event()
         self._outages: list[tuple[float, float | None]] = []
@@ -397,6 +413,8 @@ class EmbeddedHub:
     # -- the contract -------------------------------------------------------------------------------------------------
 
     def _answer(self, method: str, path: str, headers: dict[str, str], body: bytes | None) -> _Answer | None:
+        if (method, path) == ("GET", HEALTH_PATH):
+            return _Answer(200)
         low = {name.lower(): value for name, value in headers.items()}
         parts = path.partition("?")[0].removeprefix(self._base + "/").split("/")
         kind = parts[2] if len(parts) > 2 and parts[0] == "model" else ""
@@ -429,6 +447,8 @@ class EmbeddedHub:
         with self._changed:
             self._records.append(record)
             self._changed.notify_all()
+        if self._on_record is not None:
+            self._on_record(record)
 
     def _judge(self, method: str, path: str, low: Mapping[str, str], body: bytes | None) -> _Answer:
         if not secrets.compare_digest(low.get(self.header.lower(), "").encode(), self.key.encode()):
@@ -486,3 +506,61 @@ class EmbeddedHub:
 
 def _details_bytes(event: _Event202610) -> int:
     return len(TypeAdapter(dict[str, Any]).dump_json(event.details))
+
+
+# -- on its own --------------------------------------------------------------------------------------------------------
+
+_KEPT = 1_000
+"""Records of a hub that runs for long."""
+
+_log = logging.getLogger("flip_observability.demo.hub")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a hub until SIGTERM or SIGINT: ``python -m flip_observability.demo.hub --host H --port P``.
+
+    The environment says what a FLIP server's says: ``INTERNAL_SERVICE_KEY`` (needed), ``INTERNAL_SERVICE_KEY_HEADER``
+    and ``FLIP_HUB_CONTRACT``. Every model id is known to it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m flip_observability.demo.hub", description="The demo's Central Hub."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
+    args = parser.parse_args(argv)
+    key, contract = os.environ.get("INTERNAL_SERVICE_KEY", ""), os.environ.get("FLIP_HUB_CONTRACT", "2026-05")
+    if not key:
+        parser.error("INTERNAL_SERVICE_KEY is not set")
+    if contract not in get_args(Contract):
+        parser.error(f"FLIP_HUB_CONTRACT is none of {', '.join(get_args(Contract))}")
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    hub = EmbeddedHub(
+        contract,  # type: ignore[arg-type]  # one of them, as seen above
+        key=key,
+        header=os.environ.get("INTERNAL_SERVICE_KEY_HEADER") or "X-Internal-Service-Key",
+        host=args.host,
+        port=args.port,
+        keep=_KEPT,
+        on_record=_log_record,
+    )
+    try:
+        with hub:
+            _log.info("listening on %s, contract %s", hub.url, contract)
+            stop.wait()
+            _log.info("stopping")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: cannot listen on {args.host}:{args.port} ({error.strerror})\n")
+    return 0
+
+
+def _log_record(record: HubRecord) -> None:
+    # What a stranger sends can be anything: it is shown in ASCII and cut short.
+    path = ascii(record.path[:200])[1:-1]
+    _log.info("%s %s %d%s", record.method, path, record.code, f" ({record.problem})" if record.problem else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
