@@ -1,0 +1,119 @@
+"""``flip-obs install`` and ``flip-obs adopt``: this package into a server kit, and into a job."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from flip_observability import report
+from flip_observability.cli.common import CommandError, console, warn
+
+if TYPE_CHECKING:
+    from flip_observability.nvflare.adopt import FilePlan
+    from flip_observability.nvflare.install import KitPlan
+
+_STYLES = {"+": "green", "-": "red", "@": "cyan"}
+_WIDEST = 2_000
+
+UndoOption = Annotated[bool, typer.Option("--undo", help="Put back what was there before, byte for byte.")]
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="Change nothing; exit code 1 when something would change.", show_default=False)
+]
+
+
+def install(
+    kit: Annotated[
+        Path, typer.Argument(metavar="SERVER_KIT", help="The server's folder, with startup and local in it.")
+    ],
+    *,
+    undo: UndoOption = False,
+    check: CheckOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the difference and change nothing.")] = False,
+) -> None:
+    """Put the observer and the class allow list's entry into a provisioned server's kit."""
+    from flip_observability.nvflare import install as kits
+
+    try:
+        wanted = kits.plan_undo(kit) if undo else kits.plan(kit)
+        if not (check or dry_run):
+            kits.apply(wanted)
+    except (kits.InstallError, kits.EditError) as error:
+        raise CommandError(str(error)) from None
+    _tell_kit(wanted, undo=undo, done=not (check or dry_run))
+    if check and wanted.edits:
+        raise typer.Exit(1)
+
+
+def _tell_kit(wanted: KitPlan, *, undo: bool, done: bool) -> None:
+    for warning in wanted.warnings:
+        warn(warning)
+    if not wanted.edits:
+        typer.echo("Nothing to undo." if undo else "Installed already; nothing to change.")
+    elif done:
+        _say(wanted.lines)
+        typer.echo("Done. Restart the server: its parent process reads these files when it starts.")
+    else:
+        _show(wanted.difference())
+        typer.echo(f"{len(wanted.edits)} of the kit's files would change.")
+
+
+def adopt(
+    job: Annotated[Path, typer.Argument(metavar="JOB", help="A job's folder, or one app's.")],
+    *,
+    undo: UndoOption = False,
+    check: CheckOption = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add our components to a job that has none of FLIP's.", show_default=False)
+    ] = False,
+    persistor: Annotated[
+        str, typer.Option(metavar="ID", help="With --add: the component that persists the model.", show_default=False)
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Change a job's server configuration from FLIP's components to ours; shows the difference, and asks."""
+    if undo and (add or persistor):
+        raise typer.BadParameter("goes with neither --add nor --persistor", param_hint="--undo")
+    from flip_observability.nvflare import adopt as jobs
+
+    try:
+        plans = jobs.plan_undo(job) if undo else jobs.plan(job, add=add, persistor_id=persistor)
+        changes = _tell_job(plans)
+        if not changes:
+            typer.echo("Nothing to undo." if undo else "Adopted already; nothing to change.")
+        elif check:
+            raise typer.Exit(1)
+        else:
+            if not yes:
+                typer.confirm("Change it?" if changes == 1 else f"Change these {changes} files?", abort=True)
+            jobs.apply(plans)
+            typer.echo("Changed back." if undo else "Adopted. --undo puts back what was there.")
+    except (jobs.AdoptError, jobs.EditError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _tell_job(plans: list[FilePlan]) -> int:
+    changing = [file for file in plans if file.changes]
+    for file in changing:
+        before, after = file.before.splitlines(), file.after.splitlines()
+        _show(difflib.unified_diff(before, after, str(file.path), str(file.path), lineterm=""))
+    for file in plans:
+        _say(f"{file.path.name}: {note}" for note in file.notes)
+    return len(changing)
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(report.safe(line, _WIDEST))
+
+
+def _show(difference: Iterable[str]) -> None:
+    out = console()
+    for line in difference:
+        out.print(
+            Text(report.safe(line.replace("\t", "    "), _WIDEST), style=_STYLES.get(line[:1], "")), soft_wrap=True
+        )
