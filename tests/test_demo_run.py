@@ -15,60 +15,31 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from demo_runs import CANARY, DemoRun, DemoRuns
 from flip_observability.demo import runner
 from flip_observability.demo.bucket import EmbeddedBucket
-from flip_observability.demo.hub import Contract, EmbeddedHub
-from flip_observability.demo.job import ROUNDS, Workflow, write_job
+from flip_observability.demo.hub import EmbeddedHub
+from flip_observability.demo.job import ROUNDS, write_job
 from flip_observability.demo.scenarios import GLOBAL_ACCURACY, MODEL_FILE, SCENARIOS
-from flip_observability.demo.verdict import Evidence
+from flip_observability.demo.verdict import Evidence, judge
 from flip_observability.ledger import Ledger
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 
 
-class Stage:
-    """A demo in a folder of its own, and what was seen of it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ledger = folder / "demo", folder / "ledger"
-        self.out = io.StringIO()
-
-    def run(self, scenario: str, workflow: Workflow = "fedavg", contract: Contract = "2026-05") -> Evidence:
-        self.evidence, self.summary = runner.stage(
-            scenario,
-            folder=self.folder,
-            ledger_dir=self.ledger,
-            workflow=workflow,
-            contract=contract,
-            pace=0.0,
-            console=Console(file=self.out, width=160),
-        )
-        assert self.summary.differences == [], self.out.getvalue()
-        return self.evidence
-
-    @property
-    def statuses(self) -> list[str]:
-        records = [r for r in self.evidence.hub if r.kind == "status" and r.accepted]
-        assert {r.model_id for r in records} == {self.evidence.model_id}
-        return list(dict.fromkeys(r.status for r in records))
-
-    def metrics(self, label: str) -> Counter[tuple[str, int]]:
-        """How often the hub accepted a metric, by who sent it and round."""
-        payloads = [r.payload for r in self.evidence.hub if r.kind == "metrics" and r.payload is not None]
-        who = "trust" if self.evidence.contract == "2026-05" else "fl_client_name"
-        rounds = "globalRound" if self.evidence.contract == "2026-05" else "global_round"
-        return Counter((p[who], p[rounds]) for p in payloads if p["label"] == label)
-
-    def archive(self) -> zipfile.ZipFile:
-        (found,) = self.evidence.archives
-        assert found.key.startswith(f"demo/{self.evidence.model_id}/")
-        assert self.summary.copy is not None
-        return zipfile.ZipFile(self.summary.copy)
+def metrics(evidence: Evidence, label: str) -> Counter[tuple[str, int]]:
+    """How often the hub accepted a metric, by who sent it and round."""
+    payloads = [r.payload for r in evidence.hub if r.kind == "metrics" and r.payload is not None]
+    who = "trust" if evidence.contract == "2026-05" else "fl_client_name"
+    rounds = "globalRound" if evidence.contract == "2026-05" else "global_round"
+    return Counter((p[who], p[rounds]) for p in payloads if p["label"] == label)
 
 
-@pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return Stage(tmp_path)
+def archive_of(run: DemoRun) -> zipfile.ZipFile:
+    (found,) = run.evidence.archives
+    assert found.key.startswith(f"demo/{run.model_id}/")
+    assert run.archive is not None
+    return zipfile.ZipFile(run.archive)
 
 
 def files_with(secret: str, *folders: Path) -> list[Path]:
@@ -85,15 +56,21 @@ def files_with(secret: str, *folders: Path) -> list[Path]:
 
 
 @pytest.mark.nvflare_job
-def test_success(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret = "canary-of-service-key-and-bucket"
-    monkeypatch.setattr("secrets.token_urlsafe", lambda length=None: secret)
-    evidence = stage.run("success")
-    assert stage.statuses == ["INITIATED", "TRAINING_STARTED", "RESULTS_UPLOADED"]
-    assert stage.metrics(GLOBAL_ACCURACY) == {("server", number): 1 for number in range(1, ROUNDS + 1)}
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_hub_holds_what_the_scenario_must_give(demo_runs: DemoRuns, scenario: str) -> None:
+    run = demo_runs[scenario]
+    assert run.statuses == ["INITIATED", "TRAINING_STARTED", str(SCENARIOS[scenario].final)]
+    assert {r.model_id for r in run.evidence.hub if r.kind == "status"} == {run.model_id}
+    assert judge(SCENARIOS[scenario], run.evidence) == []
+
+
+@pytest.mark.nvflare_job
+def test_success(demo_runs: DemoRuns) -> None:
+    run = demo_runs["success"]
+    assert metrics(run.evidence, GLOBAL_ACCURACY) == {("server", number): 1 for number in range(1, ROUNDS + 1)}
     sites = {(f"Trust_{site}", number) for site in (1, 2, 3) for number in range(1, ROUNDS + 1)}
-    assert stage.metrics("LOSS_FUNCTION").keys() == sites
-    with stage.archive() as archive:
+    assert metrics(run.evidence, "LOSS_FUNCTION").keys() == sites
+    with archive_of(run) as archive:
         lines = [json.loads(line) for line in archive.read("global_metrics.jsonl").splitlines()]
         assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
         assert lines[0]["accuracy"] < lines[-1]["accuracy"]
@@ -101,65 +78,88 @@ def test_success(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
         with archive.open(MODEL_FILE) as file:
             assert np.load(io.BytesIO(file.read()))["weights"].shape == (31,)
         assert json.loads(archive.read("cross_site_val/cross_val_results.json")) == {}
-    assert stage.summary.checksum.startswith("CRC32 ")
-    assert stage.summary.run_id in stage.out.getvalue()
-    assert files_with(secret, stage.folder, stage.ledger) == []
-    assert {".log", ".db", ".txt", ".zip"} & {
-        f.suffix for f in files_with(evidence.model_id, stage.folder, stage.ledger)
-    }
-    assert secret not in stage.out.getvalue() + repr(evidence)
-    with Ledger(stage.ledger, read_only=True) as ledger:
-        run = ledger.run(stage.summary.run_id)
-        assert run is not None
-        assert (run["final_status"], run["results_uri"]) == ("RESULTS_UPLOADED", stage.summary.uri)
+    assert run.checksum.startswith("CRC32 ")
+    assert run.run_id in run.output
+    with Ledger(run.ledger_after, read_only=True) as ledger:
+        row = ledger.run(run.run_id)
+        assert row is not None
+        assert (row["final_status"], row["results_uri"]) == ("RESULTS_UPLOADED", run.uri)
         assert [row for row in ledger.outbox() if row.state == "pending"] == []
 
 
 @pytest.mark.nvflare_job
-def test_fatal(stage: Stage) -> None:
-    stage.run("fatal")
-    assert stage.statuses == ["INITIATED", "TRAINING_STARTED", "ERROR"]
-    assert {number for _, number in stage.metrics(GLOBAL_ACCURACY)} == {1, 2}
-    with stage.archive() as archive:
+def test_no_secret_is_in_what_the_runs_leave(demo_runs: DemoRuns) -> None:
+    for run in demo_runs:
+        assert files_with(CANARY, run.folder) == []
+        assert CANARY not in run.output + repr(run.recorded)
+    found = {file.suffix for file in files_with("End run", demo_runs["success"].folder)}
+    assert found >= {".log", ".zip"}  # what is there is found
+    assert files_with(CANARY, demo_runs.ledger) == []
+    assert any(".db" in file.suffix for file in files_with(demo_runs["success"].model_id, demo_runs.ledger))
+
+
+@pytest.mark.nvflare_job
+def test_fatal(demo_runs: DemoRuns) -> None:
+    run = demo_runs["fatal"]
+    assert {number for _, number in metrics(run.evidence, GLOBAL_ACCURACY)} == {1, 2}
+    with archive_of(run) as archive:
         assert b"Fatal system error" in archive.read("log.txt")
 
 
 @pytest.mark.nvflare_job
-def test_abort(stage: Stage) -> None:
-    stage.run("abort")
-    assert stage.statuses == ["INITIATED", "TRAINING_STARTED", "STOPPED"]
-    with stage.archive() as archive:
+def test_abort(demo_runs: DemoRuns) -> None:
+    with archive_of(demo_runs["abort"]) as archive:
         assert b"asked to abort" in archive.read("log.txt")
 
 
 @pytest.mark.nvflare_job
-def test_upload_failure(stage: Stage) -> None:
-    evidence = stage.run("upload-failure")
-    assert stage.statuses == ["INITIATED", "TRAINING_STARTED", "ERROR"]
-    assert evidence.archives == []
-    assert {r.code for r in evidence.bucket if r.method in {"PUT", "POST"}} == {403}
-    kept = stage.folder / "workspace" / "server" / "simulate_job" / MODEL_FILE
+def test_upload_failure(demo_runs: DemoRuns) -> None:
+    run = demo_runs["upload-failure"]
+    assert run.evidence.archives == []
+    assert {r.code for r in run.evidence.bucket if r.method in {"PUT", "POST"}} == {403}
+    kept = run.folder / "workspace" / "server" / "simulate_job" / MODEL_FILE
     assert kept.is_file()  # what could not be uploaded is still there
 
 
 @pytest.mark.nvflare_job
-def test_hub_outage(stage: Stage) -> None:
-    evidence = stage.run("hub-outage")
-    assert stage.statuses == ["INITIATED", "TRAINING_STARTED", "RESULTS_UPLOADED"]
-    ((_, end),) = evidence.outages
+def test_hub_outage(demo_runs: DemoRuns) -> None:
+    run = demo_runs["hub-outage"]
+    ((_, end),) = run.evidence.outages
     assert end is not None
-    late = {r.status for r in evidence.hub if r.kind == "status" and r.time > end}
+    late = {r.status for r in run.evidence.hub if r.kind == "status" and r.time > end}
     assert late == {"RESULTS_UPLOADED"}
     # Not only the status survives the outage: every round's metric arrives, too.
-    assert {number for _, number in stage.metrics(GLOBAL_ACCURACY)} == {1, 2, 3, 4, 5}
-    log = (stage.folder / "workspace" / "server" / "simulate_job" / "log.txt").read_text()
+    assert {number for _, number in metrics(run.evidence, GLOBAL_ACCURACY)} == {1, 2, 3, 4, 5}
+    log = (run.folder / "workspace" / "server" / "simulate_job" / "log.txt").read_text()
     assert "End run" in log
 
 
 @pytest.mark.nvflare_job
-def test_scatter_and_gather_with_the_newer_contract(stage: Stage) -> None:
-    evidence = stage.run("success", "sag", "2026-10")
-    assert stage.statuses == ["INITIATED", "PREPARED", "RUNNING", "RESULTS_UPLOADED"]
+def test_the_ledger_after_each_scenario_holds_the_runs_up_to_it(demo_runs: DemoRuns) -> None:
+    for number, run in enumerate(demo_runs, 1):
+        with Ledger(run.ledger_after, read_only=True) as ledger:
+            rows = ledger.runs()
+            assert len(rows) == number
+            row = ledger.run(run.run_id)
+            assert row is not None
+            assert row["final_status"] == str(SCENARIOS[run.scenario].final)
+
+
+@pytest.mark.nvflare_job
+def test_scatter_and_gather_with_the_newer_contract(tmp_path: Path) -> None:
+    out = io.StringIO()
+    evidence, summary = runner.stage(
+        "success",
+        folder=tmp_path / "demo",
+        ledger_dir=tmp_path / "ledger",
+        workflow="sag",
+        contract="2026-10",
+        pace=0.0,
+        console=Console(file=out, width=160),
+    )
+    assert summary.differences == [], out.getvalue()
+    statuses = [r.status for r in evidence.hub if r.kind == "status" and r.accepted]
+    assert list(dict.fromkeys(statuses)) == ["INITIATED", "PREPARED", "RUNNING", "RESULTS_UPLOADED"]
     events = [r.payload for r in evidence.hub if r.kind == "logs" and r.payload is not None]
     started = [(p["event_type"], p["global_round"]) for p in events if p["event_type"] == "ROUND_STARTED"]
     assert started == [("ROUND_STARTED", number) for number in range(1, ROUNDS + 1)]

@@ -1,0 +1,204 @@
+"""All scenarios of the demo, run once per test session into one ledger, and shared by every test that looks at them.
+
+The fixture ``demo_runs`` gives them. Run as a program, this plays one scenario and writes down what was recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from flip_observability.demo import runner
+from flip_observability.demo.bucket import BucketRecord
+from flip_observability.demo.hub import HubRecord
+from flip_observability.demo.scenarios import SCENARIOS
+from flip_observability.demo.verdict import Archive, Evidence
+from flip_observability.ledger import FILE_NAME
+
+CANARY = "canary-of-service-key-and-bucket"
+"""Every secret of hub and bucket in these runs. It must be nowhere but in the runs' environment."""
+SCENARIO_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """One scenario that has been played.
+
+    Attributes:
+        scenario: its name.
+        run_id: of the run, which is its trace id when the hyphens are taken out.
+        model_id: of its model.
+        folder: of the demo: the job, its log, the simulator's workspace, and the archive's copy.
+        ledger_after: folder with a copy of the ledger as it was when this scenario had ended.
+        uri: address of the archive; empty when there is none.
+        checksum: of the archive, as the bucket held it.
+        archive: the archive's copy; None when there is none.
+        output: what the demo showed on the terminal.
+        began: seconds since the epoch.
+        ended: seconds since the epoch.
+        recorded: evidence of hub and bucket as JSON: ``hub``, ``bucket``, ``archives``, ``outages``, ….
+    """
+
+    scenario: str
+    run_id: str
+    model_id: str
+    folder: Path
+    ledger_after: Path
+    uri: str
+    checksum: str
+    archive: Path | None
+    output: str
+    began: float
+    ended: float
+    recorded: Mapping[str, Any]
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """The same as the objects that the demo's judge looks at."""
+        return Evidence(
+            **{
+                **self.recorded,
+                "hub": [HubRecord(**record) for record in self.recorded["hub"]],
+                "bucket": [BucketRecord(**record) for record in self.recorded["bucket"]],
+                "archives": [Archive(**item | {"files": tuple(item["files"])}) for item in self.recorded["archives"]],
+                "outages": [tuple(outage) for outage in self.recorded["outages"]],
+            }
+        )
+
+    @property
+    def statuses(self) -> list[str]:
+        """What the hub accepted, in order, each once."""
+        records = [record for record in self.evidence.hub if record.kind == "status" and record.accepted]
+        return list(dict.fromkeys(record.status for record in records))
+
+
+@dataclass(frozen=True)
+class DemoRuns:
+    """All scenarios, in the order in which they were played.
+
+    Attributes:
+        ledger: the folder of the ledger that holds them all. Copy it (:meth:`copy_of_ledger`) before changing it.
+    """
+
+    ledger: Path
+    runs: tuple[DemoRun, ...]
+
+    def __getitem__(self, scenario: str) -> DemoRun:
+        return next(run for run in self.runs if run.scenario == scenario)
+
+    def __iter__(self) -> Iterator[DemoRun]:
+        return iter(self.runs)
+
+    def copy_of_ledger(self, target: Path) -> Path:
+        """A copy of the whole ledger in a folder of the caller's, to observe or change. Returns the folder."""
+        return copy_ledger(self.ledger, target)
+
+
+def copy_ledger(source: Path, target: Path) -> Path:
+    """Copy the ledger of one folder into another, whoever is writing into it. Returns the other folder."""
+    target.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (
+        contextlib.closing(sqlite3.connect(source / FILE_NAME)) as old,
+        contextlib.closing(sqlite3.connect(target / FILE_NAME)) as new,
+    ):
+        old.backup(new)
+    (target / FILE_NAME).chmod(0o600)
+    return target
+
+
+@pytest.fixture(scope="session")
+def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> DemoRuns:
+    """Every scenario of the demo. The first test that asks for them plays them, whatever worker it is in."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the workers have folders of their own in one of the session
+    folder = base / "demo-runs"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _play_all(folder)
+    return _load(folder)
+
+
+def _play_all(folder: Path) -> None:
+    folder.mkdir()
+    for name in SCENARIOS:
+        _play_in_a_process(folder, name)
+        copy_ledger(folder / "ledger", folder / "after" / name)
+
+
+def _play_in_a_process(folder: Path, name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__)), name, str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=SCENARIO_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        (folder / f"{name}.failed").write_text(done.stdout[-6_000:])
+
+
+def _load(folder: Path) -> DemoRuns:
+    for failure in sorted(folder.glob("*.failed")):
+        pytest.fail(f"The demo of {failure.stem} failed:\n{failure.read_text()}")
+    runs = []
+    for name in SCENARIOS:
+        data = json.loads((folder / f"{name}.json").read_text())
+        data |= {"folder": Path(data["folder"]), "archive": Path(data["archive"]) if data["archive"] else None}
+        runs.append(DemoRun(**data, ledger_after=folder / "after" / name))
+    return DemoRuns(folder / "ledger", tuple(runs))
+
+
+def _play(name: str, folder: Path) -> int:
+    import secrets
+    import time
+
+    secrets.token_urlsafe = lambda nbytes=None: CANARY
+    out, began = io.StringIO(), time.time()
+    evidence, summary = runner.stage(
+        name,
+        folder=folder / name,
+        ledger_dir=folder / "ledger",
+        workflow="fedavg",
+        contract="2026-05",
+        pace=0.0,
+        console=Console(file=out, width=160),
+    )
+    sys.stdout.write(out.getvalue())
+    data = {
+        "scenario": name,
+        "run_id": summary.run_id,
+        "model_id": evidence.model_id,
+        "folder": str(folder / name),
+        "uri": summary.uri,
+        "checksum": summary.checksum,
+        "archive": str(summary.copy) if summary.copy else None,
+        "output": out.getvalue(),
+        "began": began,
+        "ended": time.time(),
+        "recorded": dataclasses.asdict(evidence),
+    }
+    (folder / f"{name}.json").write_text(json.dumps(data))
+    return 1 if summary.differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_play(sys.argv[1], Path(sys.argv[2])))
