@@ -119,6 +119,7 @@ def apply(edits: Sequence[Edit]) -> None:
     with contextlib.ExitStack() as stack:
         for folder in sorted({edit.path.parent for edit in edits}):
             stack.enter_context(_locked(folder))
+            _clear(folder)
         _apply([edit for edit in edits if edit.before == edit.after or read(edit.path) != edit.after])
 
 
@@ -185,8 +186,6 @@ class _Staged:
 
     def prepare(self) -> None:
         edit, folder = self.edit, self.edit.path.parent
-        for left in folder.glob(f".*{_TEMPORARY}"):
-            left.unlink()  # of a process that was killed; the folder is locked
         if edit.before is not None:
             self._old = self._second_name()
         if edit.restore is not None:
@@ -210,30 +209,36 @@ class _Staged:
             raise EditError(f"{self.edit.path} was changed by somebody else meanwhile; try again")
 
     def commit(self) -> None:
-        self._done = True
         if self._new is not None:
             os.replace(self._new, self.edit.path)
-            self._new = None
+            self._new.unlink(missing_ok=True)  # two names of one file: replacing does nothing then
         elif self.edit.before is not None:
             self.edit.path.unlink()
+        self._done = True
         _sync(self.edit.path.parent)
 
     def roll_back(self) -> None:
         with contextlib.suppress(OSError):  # the first failure is the one to tell of
             if self._new is not None:
                 self._new.unlink(missing_ok=True)
-            if self._done and self._old is not None:
+            if self._old is not None:
                 os.replace(self._old, self.edit.path)
+                self._old.unlink(missing_ok=True)
             elif self._done:
                 self.edit.path.unlink(missing_ok=True)
-            elif self._old is not None:
-                self._old.unlink(missing_ok=True)
 
     def finish(self) -> None:
         useless = [*self.edit.discard, self.edit.restore, None if self.edit.keep else self._old]
         with contextlib.suppress(OSError):  # the change is made; a file too many is no failure
             for file in filter(None, useless):
                 file.unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a process left that was killed."""
+    with contextlib.suppress(OSError):
+        for left in folder.glob(f".*{_TEMPORARY}"):
+            left.unlink()
 
 
 def _temporary(folder: Path, name: str) -> Path:

@@ -72,7 +72,8 @@ def plan(kit: Path) -> KitPlan:
         raise InstallError(f"{local} is not changed: {error}") from None
     if (local / "signature.json").exists() and result.edits:
         result.warnings.append(
-            "this kit's local folder is signed: start.sh --verify refuses a changed one (the server itself does not)"
+            "this kit's local folder is signed, and a check of its signatures fails from now on; a server that starts "
+            "checks those of startup only"
         )
     return result
 
