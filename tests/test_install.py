@@ -29,6 +29,7 @@ from nvflare.private.fed.app.fl_conf import FLServerStarterConfiger
 from nvflare.private.fed.utils.fed_utils import _check_secure_content
 
 import server_kit
+from command_line import flip_obs
 from flip_observability import editing
 from flip_observability.nvflare import config_text, install
 from flip_observability.nvflare.install import EditError, InstallError
@@ -460,21 +461,21 @@ def test_several_at_once_are_as_one(poc_kit: Path) -> None:
 
 def test_the_command_says_what_it_does(poc_kit: Path) -> None:
     before = snapshot(poc_kit)
-    dry = in_a_process("install", poc_kit, "--dry-run")
+    dry = flip_obs("install", poc_kit, "--dry-run")
     assert (dry.returncode, dry.stderr) == (0, "")
     assert '+        "flip_observability."' in dry.stdout
     assert "2 of the kit's files would change." in dry.stdout
-    check = in_a_process("install", poc_kit, "--check")
+    check = flip_obs("install", poc_kit, "--check")
     assert (check.returncode, check.stdout) == (1, dry.stdout)
     assert snapshot(poc_kit) == before
-    assert "Restart the server" in in_a_process("install", poc_kit).stdout
-    again = in_a_process("install", poc_kit, "--check")
+    assert "Restart the server" in flip_obs("install", poc_kit).stdout
+    again = flip_obs("install", poc_kit, "--check")
     assert (again.returncode, again.stdout) == (0, "Installed already; nothing to change.\n")
-    assert in_a_process("install", poc_kit, "--undo", "--check").returncode == 1
-    assert in_a_process("install", poc_kit, "--undo").returncode == 0
+    assert flip_obs("install", poc_kit, "--undo", "--check").returncode == 1
+    assert flip_obs("install", poc_kit, "--undo").returncode == 0
     assert snapshot(poc_kit) == before
-    assert in_a_process("install", poc_kit, "--undo").stdout == "Nothing to undo.\n"
-    refused = in_a_process("install", poc_kit.parent)
+    assert flip_obs("install", poc_kit, "--undo").stdout == "Nothing to undo.\n"
+    refused = flip_obs("install", poc_kit.parent)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "is no server kit" in refused.stderr
 
@@ -499,13 +500,13 @@ SPELLINGS = st.fixed_dictionaries(
     st.none() | st.lists(st.sampled_from(["a.", "nvflare.", "ü.é", "x.]y[", 'q".', "{.}"]), max_size=4),
     SPELLINGS,
     st.sampled_from(["\n", "\r\n"]),
-    st.sampled_from(["", "\n"]),
+    st.booleans(),
 )
 def test_any_json_is_edited_and_restored(
-    others: dict[str, Any], entries: list[str] | None, spelling: dict[str, Any], newline: str, end: str
+    others: dict[str, Any], entries: list[str] | None, spelling: dict[str, Any], newline: str, ended: bool
 ) -> None:
     data = others if entries is None else {**others, "class_allow_list": entries}
-    text = json.dumps(data, **spelling).replace("\n", newline) + end
+    text = (json.dumps(data, **spelling) + "\n" * ended).replace("\n", newline)
     after = install._with_entry(text, data)
     changed = json.loads(after)
     assert changed["class_allow_list"][-1] == "flip_observability."

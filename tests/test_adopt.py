@@ -1,0 +1,674 @@
+"""Adopting FLIP's jobs: what is changed and what is not, in the forms that NVFLARE reads, and back again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.workspace import Workspace
+from nvflare.fuel.utils.config import ConfigFormat
+from nvflare.fuel.utils.config_factory import ConfigFactory
+from nvflare.private.fed.server.server_json_config import ServerJsonConfigurator
+
+from command_line import flip_obs
+from flip_observability import editing
+from flip_observability.demo import job as demo_job
+from flip_observability.demo.scenarios import SCENARIOS
+from flip_observability.nvflare import adopt, components, config_text
+from flip_observability.nvflare.adopt import AdoptError, EditError
+from server_kit import snapshot
+
+MODEL_ID = "0f8fad5b-d9cb-469f-a165-70867728950e"
+FLIPS, OURS = "flip.nvflare.components", "flip_observability.nvflare.components"
+
+
+def component(name: str, path: str, **args: Any) -> dict[str, Any]:
+    return {"id": name, "path": path, "args": args}
+
+
+PERSISTOR = component("persistor", "nvflare.app_common.np.np_model_persistor.NPModelPersistor")
+FEDAVG = component("fedavg", "nvflare.app_common.workflows.fedavg.FedAvg", num_clients=2, num_rounds=3)
+
+
+def flip_app(generator: str = "ValidationJsonGenerator", package: str = FLIPS) -> dict[str, Any]:
+    """A server configuration as FLIP's own jobs have it: the handler is not the last one."""
+    return {
+        "format_version": 2,
+        "model_id": MODEL_ID,
+        "task_data_filters": [],
+        "components": [
+            PERSISTOR,
+            component("model_locator", f"{FLIPS}.PTModelLocator", model={"path": "models.get_model"}),
+            component("json_generator", f"{package}.{generator}"),
+            component("flip_server_event_handler", f"{package}.ServerEventHandler", model_id="{model_id}"),
+            component("persist_and_cleanup", f"{package}.PersistToS3AndCleanup", persistor_id="persistor"),
+        ],
+        "workflows": [component("init", "flip.nvflare.controllers.InitTraining", min_clients=2), FEDAVG],
+    }
+
+
+def adopted(app: dict[str, Any]) -> dict[str, Any]:
+    """What it is to become, told apart from how the code does it."""
+    names = {"ServerEventHandler", "PersistToS3AndCleanup", "ValidationJsonGenerator", "EvaluationJsonGenerator"}
+    listed = []
+    for item in app["components"]:
+        name = item["path"].rsplit(".", 1)[1]
+        listed.append({**item, "path": f"{OURS}.{name}"} if name in names else item)
+    listed.sort(key=lambda item: item["path"].endswith("ServerEventHandler"))
+    return {**app, "components": listed}
+
+
+def make(folder: Path, text: str, name: str = "config_fed_server.json", app: str = "app") -> Path:
+    """A job folder with this server configuration; the configuration's file is returned."""
+    config = folder / app / "config"
+    config.mkdir(parents=True)
+    (folder / "meta.json").write_text(json.dumps({"name": "job", "deploy_map": {app: ["@ALL"]}, "min_clients": 1}))
+    (config / "config_fed_client.json").write_text('{"format_version": 2, "executors": []}')
+    file = config / name
+    file.write_bytes(text.encode())
+    return file
+
+
+def do(job: Path, **more: Any) -> list[adopt.FilePlan]:
+    plans = adopt.plan(job, **more)
+    adopt.apply(plans)
+    return plans
+
+
+def undo(job: Path) -> list[adopt.FilePlan]:
+    plans = adopt.plan_undo(job)
+    adopt.apply(plans)
+    return plans
+
+
+def loaded(file: Path) -> Any:
+    """What NVFLARE's own factory reads."""
+    config = ConfigFactory.load_config(str(file))
+    assert config is not None
+    return config.to_dict()
+
+
+def notes(plans: list[adopt.FilePlan]) -> str:
+    return "\n".join(note for plan in plans for note in plan.notes)
+
+
+# -- FLIP's jobs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generator", ["ValidationJsonGenerator", "EvaluationJsonGenerator"])
+@pytest.mark.parametrize("package", [FLIPS, "flip.components"])
+def test_flips_components_become_ours_and_the_handler_is_last(tmp_path: Path, generator: str, package: str) -> None:
+    app = flip_app(generator, package)
+    file = make(tmp_path, json.dumps(app, indent=2))
+    do(tmp_path)
+    assert json.loads(file.read_text()) == adopted(app)
+    assert list(json.loads(file.read_text())) == list(app)
+
+
+def test_modules_that_exported_recipes_name(tmp_path: Path) -> None:
+    app = flip_app()
+    wanted = adopted(app)
+    modules = ("validation_json_generator", "flip_server_event_handler", "persist_and_cleanup")
+    for item, module in zip(app["components"][2:], modules, strict=True):
+        item["path"] = f"{FLIPS}.{module}.{item['path'].rsplit('.', 1)[1]}"
+    file = make(tmp_path, json.dumps(app, indent=2))
+    do(tmp_path)
+    assert json.loads(file.read_text()) == wanted
+
+
+def test_the_table_names_classes_that_exist() -> None:
+    assert {path.rsplit(".", 1)[1] for path in adopt.TO_OURS.values()} == set(components.__all__)
+    for path, name in adopt.CLASS_OF.items():
+        module, attribute = path.rsplit(".", 1)
+        found = getattr(__import__(module, fromlist=[attribute]), attribute)
+        assert found is getattr(components, name)
+
+
+def test_every_app_of_a_job_is_changed(tmp_path: Path) -> None:
+    files = [make(tmp_path, json.dumps(flip_app(), indent=i), app=f"app{i}") for i in (1, 2)]
+    make(tmp_path, "{}", app="client_app").unlink()
+    assert [plan.path for plan in do(tmp_path)] == files
+    assert all(json.loads(file.read_text()) == adopted(flip_app()) for file in files)
+
+
+def test_an_app_without_a_job_around_it(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(flip_app()))
+    do(tmp_path / "app")
+    assert json.loads(file.read_text()) == adopted(flip_app())
+
+
+def test_once_and_twice_and_undone(tmp_path: Path) -> None:
+    make(tmp_path, json.dumps(flip_app(), indent=4))
+    before = snapshot(tmp_path)
+    do(tmp_path)
+    once = snapshot(tmp_path)
+    assert not any(plan.changes for plan in do(tmp_path))
+    assert snapshot(tmp_path) == once
+    undo(tmp_path)
+    assert snapshot(tmp_path) == before
+    assert not any(plan.changes for plan in undo(tmp_path))
+
+
+def test_all_else_stays_as_it_was_written(tmp_path: Path) -> None:
+    text = json.dumps(flip_app(), indent="\t").replace("\n", "\r\n").replace(MODEL_ID, "ümläut \\u00e9")
+    text = text.replace('"task_data_filters": []', '"task_data_filters" :[ ]')
+    file = make(tmp_path, text)
+    do(tmp_path)
+    after = file.read_bytes().decode()
+    assert sorted(after.replace(OURS, FLIPS).split("\r\n")) == sorted(text.split("\r\n"))
+    assert '"task_data_filters" :[ ]' in after
+    assert "ümläut \\u00e9" in after
+
+
+def test_the_apps_own_code_is_looked_at_and_not_touched(tmp_path: Path) -> None:
+    make(tmp_path, json.dumps(flip_app()))
+    custom = tmp_path / "app" / "custom"
+    (custom / "sub").mkdir(parents=True)
+    (custom / "sub" / "a.py").write_text("import os\nfrom flip.constants import FlipEvents, PTConstants\n")
+    (custom / "b.py").write_text(f"from {FLIPS} import ServerEventHandler\nfrom flip.constants.x import ModelStatus")
+    (custom / "broken.py").write_text("def (:")
+    (custom / "link.py").symlink_to("/etc/passwd")
+    before = snapshot(custom)
+    said = notes(do(tmp_path))
+    assert "custom/sub/a.py:2 can import FlipEvents from flip_observability.constants" in said
+    assert "custom/b.py:1 uses FLIP's ServerEventHandler" in said
+    assert "custom/b.py:2 can import ModelStatus" in said
+    assert f"stay FLIP's, and need FLIP's package as before: {FLIPS}.PTModelLocator" in said
+    assert "no custom code" not in said
+    assert snapshot(custom) == before
+
+
+def test_a_job_without_code_needs_the_servers_consent(tmp_path: Path) -> None:
+    make(tmp_path, json.dumps(flip_app()))
+    assert "flip-obs install" in notes(adopt.plan(tmp_path))
+
+
+def test_missing_parts_are_said(tmp_path: Path) -> None:
+    app = flip_app()
+    app["components"][2]["id"] = "other"
+    make(tmp_path, json.dumps(app))
+    assert "there is no component 'json_generator', which ServerEventHandler will ask for" in notes(do(tmp_path))
+
+
+# -- other forms -----------------------------------------------------------------------------------------------------
+
+HOCON = f"""\
+# what FLIP runs
+format_version = 2
+model_id = "{MODEL_ID}"
+components = [
+  {{ id = persistor, path = "nvflare.app_common.np.np_model_persistor.NPModelPersistor", args {{}} }}
+  # listens to [ everything }}
+  {{
+    id = flip_server_event_handler  // path = "{FLIPS}.ServerEventHandler"
+    path = {FLIPS}.ServerEventHandler
+    args {{ model_id = "" }}
+  }}
+  // "writes
+  {{ id : json_generator, path : "{FLIPS}.ValidationJsonGenerator", args {{}} }},
+  {{ id : "persist_and_cleanup", "path" : "{FLIPS}.PersistToS3AndCleanup", args {{ persistor_id = persistor }} }}
+  # the end
+]
+workflows = [{{ id = fedavg, path = "nvflare.app_common.workflows.fedavg.FedAvg", args {{}} }}]
+"""
+
+YAML = f"""\
+# what FLIP runs
+format_version: 2
+components:
+  - id: persistor
+    path: nvflare.app_common.np.np_model_persistor.NPModelPersistor
+  # listens to everything
+  - id: flip_server_event_handler  # path: {FLIPS}.ServerEventHandler
+    path: "{FLIPS}.ServerEventHandler"
+    args:
+      model_id: ""
+  # writes
+  - id: json_generator
+    path: '{FLIPS}.ValidationJsonGenerator'
+
+  - id: persist_and_cleanup
+    path: {FLIPS}.PersistToS3AndCleanup
+    args: {{persistor_id: persistor}}
+# and the work
+workflows:
+  - {{id: fedavg, path: nvflare.app_common.workflows.fedavg.FedAvg}}
+"""
+YAML_FLOW = yaml.safe_dump(flip_app(), default_flow_style=True, sort_keys=False, width=200)
+
+FORMS = {
+    "HOCON": ("config_fed_server.conf", HOCON),
+    "HOCON with braces": ("config_fed_server.conf", "{\n" + HOCON + "}\n"),
+    "HOCON that is JSON": ("config_fed_server.conf", json.dumps(flip_app(), indent=2)),
+    "YAML": ("config_fed_server.yml", YAML),
+    "YAML without an end": ("config_fed_server.yaml", YAML[: YAML.index("# and the work")].rstrip()),
+    "YAML indented by nothing": ("config_fed_server.yml", yaml.safe_dump(flip_app(), sort_keys=False)),
+    "YAML on few lines": ("config_fed_server.yml", YAML_FLOW),
+}
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_other_forms_that_nvflare_reads(tmp_path: Path, form: str, newline: str) -> None:
+    name, text = FORMS[form]
+    text = text.replace("\n", newline)
+    file = make(tmp_path, text, name)
+    kind = ConfigFormat.PYHOCON if name.endswith("conf") else ConfigFormat.OMEGACONF
+    data = config_text.parse(text, kind)
+    before = snapshot(tmp_path)
+    do(tmp_path)
+    after = file.read_bytes().decode()
+    assert config_text.parse(after, kind) == adopted(data)
+    comments = [line.strip() for line in text.split(newline) if line.strip().startswith(("#", "//"))]
+    assert sorted(after.replace(OURS, FLIPS)) == sorted(text)  # nothing but the names, and the order
+    if comments:
+        lines = [line.strip() for line in after.split(newline)]
+        assert lines[lines.index(comments[1]) + 1] in (
+            "{",
+            f"- id: flip_server_event_handler  # path: {FLIPS}.ServerEventHandler",
+        )
+    assert not any(plan.changes for plan in do(tmp_path))
+    undo(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_nvflare_reads_the_adopted_hocon(tmp_path: Path) -> None:
+    file = make(tmp_path, HOCON, "config_fed_server.conf")
+    do(tmp_path)
+    assert [item["path"].rsplit(".", 1)[1] for item in loaded(file)["components"]] == [
+        "NPModelPersistor", "ValidationJsonGenerator", "PersistToS3AndCleanup", "ServerEventHandler",
+    ]  # fmt: skip
+
+
+def test_the_file_that_nvflare_would_take_is_the_one(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(flip_app()))
+    shadowed = file.with_suffix(".conf")
+    shadowed.write_text(HOCON)
+    do(tmp_path)
+    assert json.loads(file.read_text()) == adopted(flip_app())
+    assert shadowed.read_text() == HOCON
+    kept = editing.originals(file)
+    assert len(kept) == 1
+    assert loaded(file) == adopted(flip_app())  # and not the kept original beside it
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> str:
+    app = flip_app()
+    change(app)
+    return json.dumps(app, indent=2)
+
+
+HANDLER = component("again", f"{FLIPS}.ServerEventHandler")
+REFUSED = {
+    "broken": ("json", '{"components": [', r"no valid JSON \(line 1\)"),
+    "no object": ("json", "[]", "holds no object"),
+    "a byte order mark": ("json", "\ufeff" + json.dumps(flip_app()), "byte order mark"),
+    "a key twice": ("json", '{"components": [], "components": []}', "stands twice"),
+    "comments in JSON": ("json", "// no\n" + json.dumps(flip_app()), "no valid JSON"),
+    "two handlers": ("json", changed(lambda app: app["components"].append(HANDLER)), "2 components"),
+    "a handler elsewhere": ("json", changed(lambda app: app["workflows"].append(HANDLER)), "not in its list"),
+    "unknown arguments": (
+        "json",
+        changed(lambda app: app["components"][3]["args"].update(colour="red")),
+        "arguments that ours does not know: colour",
+    ),
+    "arguments that are none": (
+        "json",
+        changed(lambda app: app["components"][3].update(args=[1])),
+        "arguments that ours does not know",
+    ),
+    "composed paths": (
+        "json",
+        json.dumps(flip_app()).replace(f"{FLIPS}.", "{flip}.").replace('"model_id": "0', f'"flip": "{FLIPS}", "m": "0'),
+        "composes class paths of variables",
+    ),
+    "nested too deeply": ("json", "[" * 100_000, "nested too deeply"),
+    "includes": ("conf", 'include "other.conf"\n' + HOCON, "includes other files"),
+    "included by URL": ("conf", 'include url("http://127.0.0.1:9/x")\n' + HOCON, "includes other files"),
+    "appended": ("conf", HOCON.replace("components = [", "components += ["), "is not changed|not understood"),
+    "a string without an end": ("conf", 'components = ["x\n]', "not understood|has no end"),
+    "anchors": (
+        "yml",
+        YAML.replace("- id: flip_server", "- &h\n    id: flip_server").replace("workflows:", "x: *h\nworkflows:"),
+        "not in its list",
+    ),
+    "broken YAML": ("yml", "a: [", r"no valid YAML \(line"),
+    "objects in YAML": ("yml", "a: !!python/object/apply:os.system ['true']", "no valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_reason_and_nothing_changed(tmp_path: Path, case: str) -> None:
+    suffix, text, reason = REFUSED[case]
+    file = make(tmp_path, text, f"config_fed_server.{suffix}")
+    before = snapshot(tmp_path)
+    with pytest.raises(AdoptError, match=reason) as caught:
+        do(tmp_path)
+    assert str(file) in str(caught.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_one_app_that_is_refused_leaves_all_as_they_are(tmp_path: Path) -> None:
+    make(tmp_path, json.dumps(flip_app()), app="a")
+    make(tmp_path, "{", app="b")
+    before = snapshot(tmp_path)
+    with pytest.raises(AdoptError):
+        do(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_is_no_job(tmp_path: Path) -> None:
+    with pytest.raises(AdoptError, match="is not there"):
+        adopt.plan(tmp_path / "nowhere")
+    with pytest.raises(AdoptError, match="is no NVFLARE job"):
+        adopt.plan(tmp_path)
+    (tmp_path / "job.zip").touch()
+    with pytest.raises(AdoptError, match="unpack the job first"):
+        adopt.plan(tmp_path / "job.zip")
+
+
+def test_links_out_of_the_job_are_not_followed(tmp_path: Path) -> None:
+    shared = make(tmp_path / "shared", json.dumps(flip_app()))
+    job = tmp_path / "job"
+    (job / "app" / "config").mkdir(parents=True)
+    link = job / "app" / "config" / "config_fed_server.json"
+    link.symlink_to(shared)
+    before = snapshot(tmp_path)
+    with pytest.raises(EditError, match="outside of"):
+        do(job)
+    link.unlink()
+    (job / "app" / "config").rmdir()
+    (job / "app").rmdir()
+    (job / "app").symlink_to(tmp_path / "shared" / "app")
+    with pytest.raises(EditError, match="outside of"):
+        do(job)
+    assert snapshot(tmp_path / "shared") == {
+        name.removeprefix("shared/") if name != "shared" else ".": entry
+        for name, entry in before.items()
+        if name == "shared" or name.startswith("shared/")
+    }
+
+
+def test_links_inside_of_the_job_are_kept_and_one_file_is_changed_once(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(flip_app()), app="a")
+    twin = tmp_path / "b" / "config"
+    twin.mkdir(parents=True)
+    (twin / "config_fed_server.json").symlink_to("../../a/config/config_fed_server.json")
+    before = snapshot(tmp_path)
+    assert len(do(tmp_path)) == 1
+    assert (twin / "config_fed_server.json").is_symlink()
+    assert json.loads(file.read_text()) == adopted(flip_app())
+    undo(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_job_reached_by_a_link(tmp_path: Path) -> None:
+    file = make(tmp_path / "job", json.dumps(flip_app()))
+    (tmp_path / "link").symlink_to("job")
+    do(tmp_path / "link")
+    assert json.loads(file.read_text()) == adopted(flip_app())
+
+
+# -- jobs without FLIP -----------------------------------------------------------------------------------------------
+
+
+def plain(*listed: dict[str, Any]) -> dict[str, Any]:
+    return {"format_version": 2, "components": list(listed), "workflows": [FEDAVG]}
+
+
+def test_a_plain_job_is_refused_unless_components_are_to_be_added(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(plain(PERSISTOR), indent=2))
+    before = snapshot(tmp_path)
+    with pytest.raises(AdoptError, match=r"no components of FLIP's: nothing to adopt\. --add puts"):
+        do(tmp_path)
+    assert snapshot(tmp_path) == before
+    assert "added: json_generator, persist_and_cleanup, flip_server_event_handler" in notes(do(tmp_path, add=True))
+    listed = json.loads(file.read_text())["components"]
+    assert listed[0] == PERSISTOR
+    assert [item["path"].rsplit(".", 1)[1] for item in listed[1:]] == [
+        "ValidationJsonGenerator", "PersistToS3AndCleanup", "ServerEventHandler",
+    ]  # fmt: skip
+    assert '\n    },\n    {\n      "id": "json_generator"' in file.read_text()
+    assert not any(plan.changes for plan in do(tmp_path, add=True))
+    undo(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_added_to_hocon_and_with_another_persistor(tmp_path: Path) -> None:
+    mine = {**PERSISTOR, "id": "mine"}
+    text = "# kept\ncomponents = [\n  " + json.dumps(mine) + "  # mine\n]\nworkflows = []\n"
+    file = make(tmp_path, text, "config_fed_server.conf")
+    do(tmp_path, add=True, persistor_id="mine")
+    listed = loaded(file)["components"]
+    assert [item["id"] for item in listed] == [
+        "mine",
+        "json_generator",
+        "persist_and_cleanup",
+        "flip_server_event_handler",
+    ]
+    assert listed[2]["args"] == {"persistor_id": "mine"}
+    assert "# kept" in file.read_text()
+    assert "# mine" in file.read_text()
+
+
+def test_nvflares_own_generator_is_used(tmp_path: Path) -> None:
+    own = component("json_generator", "nvflare.app_common.widgets.validation_json_generator.ValidationJsonGenerator")
+    file = make(tmp_path, json.dumps(plain(PERSISTOR, own)))
+    do(tmp_path, add=True)
+    listed = json.loads(file.read_text())["components"]
+    assert [item["id"] for item in listed][1:] == ["json_generator", "persist_and_cleanup", "flip_server_event_handler"]
+
+
+ADD_REFUSED = {
+    "no persistor": (json.dumps(plain({**PERSISTOR, "id": "mine"})), "no component 'persistor'.*components: mine"),
+    "no components": (json.dumps({"workflows": [FEDAVG]}), r"components: none"),
+    "an id is taken": (
+        json.dumps(plain(PERSISTOR, component("persist_and_cleanup", "a.B"))),
+        "ids that ours need: persist_and_cleanup",
+    ),
+    "components that are no list": ('{"components": {}}', "are no list"),
+}
+
+
+@pytest.mark.parametrize("case", ADD_REFUSED)
+def test_what_cannot_be_added_to(tmp_path: Path, case: str) -> None:
+    text, reason = ADD_REFUSED[case]
+    make(tmp_path, text)
+    before = snapshot(tmp_path)
+    with pytest.raises(AdoptError, match=reason):
+        do(tmp_path, add=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_nothing_is_added_to_yaml(tmp_path: Path) -> None:
+    make(tmp_path, yaml.safe_dump(plain(PERSISTOR)), "config_fed_server.yml")
+    with pytest.raises(AdoptError, match="into this YAML by hand"):
+        do(tmp_path, add=True)
+
+
+# -- undoing ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_since_survives_the_undo(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(flip_app(), indent=2))
+    do(tmp_path)
+    file.write_text(file.read_text().replace('"num_rounds": 3', '"num_rounds": 33'))
+    assert "edited since" in notes(undo(tmp_path))
+    content = json.loads(file.read_text())
+    assert content["workflows"][1]["args"]["num_rounds"] == 33
+    assert {item["path"] for item in content["components"]} == {item["path"] for item in flip_app()["components"]}
+    assert not editing.originals(file)
+
+
+def test_a_job_whose_original_got_lost(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(flip_app(), indent=2))
+    do(tmp_path)
+    for kept in editing.originals(file):
+        kept.unlink()
+    assert "no original beside it" in notes(undo(tmp_path))
+    content = json.loads(file.read_text())
+    assert {item["path"] for item in content["components"]} == {item["path"] for item in flip_app()["components"]}
+
+
+def test_a_job_made_anew_is_adopted_anew(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(flip_app(), indent=2))
+    do(tmp_path)
+    file.write_text(json.dumps(flip_app("EvaluationJsonGenerator"), indent=1))
+    before = file.read_bytes()
+    do(tmp_path)
+    assert len(editing.originals(file)) == 1
+    undo(tmp_path)
+    assert file.read_bytes() == before
+
+
+def test_a_change_while_it_is_asked_about_is_not_overwritten(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(flip_app(), indent=2))
+    plans = adopt.plan(tmp_path)
+    file.write_text(json.dumps(flip_app(), indent=3))
+    before = snapshot(tmp_path)
+    with pytest.raises(EditError, match="changed by somebody else"):
+        adopt.apply(plans)
+    assert snapshot(tmp_path) == before
+
+
+def test_several_at_once_are_as_one(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(flip_app(), indent=2))
+    before = snapshot(tmp_path)
+    failures: list[BaseException] = []
+
+    def one() -> None:
+        try:
+            do(tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert json.loads(file.read_text()) == adopted(flip_app())
+    undo(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_asks_and_changes(tmp_path: Path) -> None:
+    app = flip_app()
+    app["components"][2]["args"] = {"results_dir": "\x9b31m\u202eevil"}
+    make(tmp_path, json.dumps(app, indent=2, ensure_ascii=False))
+    before = snapshot(tmp_path)
+    check = flip_obs("adopt", tmp_path, "--check")
+    assert check.returncode == 1
+    assert f'-      "path": "{FLIPS}.ValidationJsonGenerator",' in check.stdout
+    assert f'+      "path": "{OURS}.ValidationJsonGenerator",' in check.stdout
+    assert "\\x9b31m\\u202eevil" in check.stdout
+    assert flip_obs("adopt", tmp_path, answer="n\n").returncode == 1
+    assert snapshot(tmp_path) == before
+    asked = flip_obs("adopt", tmp_path, answer="y\n")
+    assert (asked.returncode, asked.stderr) == (0, "")
+    again = flip_obs("adopt", tmp_path, "--check")
+    assert again.returncode == 0
+    assert "Adopted already; nothing to change." in again.stdout
+    assert flip_obs("adopt", tmp_path, "--undo", "--check").returncode == 1
+    assert flip_obs("adopt", tmp_path, "--undo", "--yes").returncode == 0
+    assert snapshot(tmp_path) == before
+    assert "Nothing to undo." in flip_obs("adopt", tmp_path, "--undo").stdout
+    refused = flip_obs("adopt", tmp_path / "app" / "config")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "is no NVFLARE job" in refused.stderr
+    assert flip_obs("adopt", tmp_path, "--undo", "--add").returncode == 2
+
+
+# -- NVFLARE makes the components ------------------------------------------------------------------------------------
+
+
+def test_nvflare_builds_an_adopted_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's job with FLIP's names instead of ours, adopted, and configured as a job's process does it."""
+    monkeypatch.setenv("LOCAL_DEV", "true")
+    job = demo_job.write_job(tmp_path / "job", MODEL_ID, SCENARIOS["success"])
+    file = job / "app" / "config" / "config_fed_server.json"
+    ours = file.read_bytes()
+    file.write_bytes(ours.replace(OURS.encode(), FLIPS.encode()))
+    do(job)
+    assert file.read_bytes() == ours
+    for folder in ("startup", "local"):
+        (tmp_path / "root" / folder).mkdir(parents=True)
+    args = Namespace(workspace=str(tmp_path / "root"), job_id="a-job", set=[])
+    configurator = ServerJsonConfigurator(Workspace(args.workspace, "server"), str(file), args, str(job / "app"))
+    configurator.configure()
+    built = configurator.runner_config.components
+    assert isinstance(built["persist_and_cleanup"], components.PersistToS3AndCleanup)
+    assert isinstance(built["json_generator"], components.ValidationJsonGenerator)
+    last = [handler for handler in configurator.runner_config.handlers if isinstance(handler, FLComponent)]
+    assert isinstance(built["flip_server_event_handler"], components.ServerEventHandler)
+    order = [type(handler).__name__ for handler in last]
+    assert order.index("ServerEventHandler") > order.index("PersistToS3AndCleanup")
+
+
+# -- any spelling ----------------------------------------------------------------------------------------------------
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(
+    others=st.dictionaries(TEXTS.filter(lambda key: key != "components"), VALUES, max_size=3),
+    args=st.dictionaries(TEXTS, VALUES, max_size=3),
+    order=st.permutations(range(5)),
+    indent=st.sampled_from([None, 0, 1, 2, 4, "\t"]),
+    ascii_only=st.booleans(),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_json_is_adopted_and_restored(
+    tmp_path_factory: pytest.TempPathFactory,
+    others: dict[str, Any],
+    args: dict[str, Any],
+    order: list[int],
+    indent: Any,
+    ascii_only: bool,
+    newline: str,
+    seed: int,
+) -> None:
+    app = flip_app()
+    app["components"][0]["args"] = args
+    app["components"] = [app["components"][index] for index in order]
+    app = {**others, **app}
+    keys = list(app)
+    random.Random(seed).shuffle(keys)
+    app = {key: app[key] for key in keys}
+    folder = tmp_path_factory.mktemp("job")
+    file = make(folder, json.dumps(app, indent=indent, ensure_ascii=ascii_only).replace("\n", newline))
+    before = snapshot(folder)
+    do(folder)
+    after = json.loads(file.read_bytes())
+    assert config_text.same(after, adopted(app))
+    undo(folder)
+    assert snapshot(folder) == before
+    for path in sorted(folder.rglob("*"), reverse=True):
+        os.unlink(path) if path.is_file() else path.rmdir()
