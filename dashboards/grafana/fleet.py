@@ -162,8 +162,7 @@ def _fire() -> list[AnyPanel]:
 def _alerts() -> AnyPanel:
     return rows(
         "Alerts that fire",
-        "What Prometheus has raised at the end of the time shown, of all networks. The runbook in the alert says what to"
-        " do.",
+        "What Prometheus has raised at the end of the time shown, of all networks. Each alert names its runbook.",
         Query('max by (alertname, severity, net_id, run_id) (ALERTS{alertstate="firing", alertname=~"Flip.+"})'),
         columns=[
             Column(

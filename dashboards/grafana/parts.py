@@ -198,7 +198,7 @@ def timeline(
     texts: Mapping[float, tuple[str, str]],
     span: int = 24,
     height: int = 5,
-) -> statetimeline.Panel:
+) -> AnyPanel:
     """Lanes of states over time. ``texts``: value to the text and colour of its state."""
     panel = _panel(
         statetimeline.Panel(), title, description, queries, unit="none", steps=None, span=span, height=height
@@ -210,7 +210,7 @@ def timeline(
         .fill_opacity(85)
         .legend(common.VizLegendOptions().show_legend(False))
     )
-    return _worded(panel, texts)
+    return cast(AnyPanel, _worded(panel, texts))
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def rows(
     height: int = 10,
     descending: bool = False,
     none: str = "Nothing.",
-) -> table.Panel:
+) -> AnyPanel:
     """A table of which each row is one set of labels, joined over all queries.
 
     Args:
@@ -262,7 +262,9 @@ def rows(
     """
     panel = _panel(table.Panel(), title, description, queries, unit="none", steps=None, span=span, height=height)
     shown = [column.field for column in columns]
-    panel.no_value(none).sort_by([common.TableSortByFieldState().display_name(sort).desc(descending)])
+    panel.align(common_models.FieldTextAlignment.AUTO).no_value(none).sort_by(
+        [common.TableSortByFieldState().display_name(sort).desc(descending)]
+    )
     panel.with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
     panel.with_transformation(
         models.DataTransformerConfig(id_val="filterFieldsByName", options={"include": {"names": shown, "pattern": ""}})
@@ -275,7 +277,7 @@ def rows(
     panel.with_transformation(models.DataTransformerConfig(id_val="organize", options=organised))
     for column in columns:
         panel.override_by_name(column.title, _column_properties(column))
-    return panel
+    return cast(AnyPanel, panel)
 
 
 def _column_properties(column: Column) -> list[models.DynamicConfigValue]:
@@ -298,12 +300,10 @@ def _column_properties(column: Column) -> list[models.DynamicConfigValue]:
     return found
 
 
-def trace(
-    title: str, description: str, query: Callable[[], Any], *, span: int = 24, height: int = 16
-) -> dashboard.Panel:
+def trace(title: str, description: str, query: Callable[[], Any], *, span: int = 24, height: int = 16) -> AnyPanel:
     """The spans of one trace; ``query`` builds Tempo's query."""
     panel = dashboard.Panel().type("traces").title(title).description(description).datasource(TEMPO)
-    return panel.span(span).height(height).unit("ms").with_target(query())
+    return cast(AnyPanel, panel.span(span).height(height).unit("ms").with_target(query()))
 
 
 def _panel(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from grafana_foundation_sdk.builders import tempo
 from grafana_foundation_sdk.models import dashboard as models
 
@@ -304,12 +302,9 @@ def _problems() -> AnyPanel:
 
 
 def _trace() -> AnyPanel:
-    return cast(
-        AnyPanel,
-        trace(
-            "Trace of the run",
-            "Every step of the run, with the calls to hub and bucket. A run's trace id is its run id without hyphens."
-            " The root span arrives when the run has ended.",
-            lambda: tempo.TempoQuery().ref_id("A").datasource(TEMPO).query_type("traceql").query("${trace}"),
-        ),
+    return trace(
+        "Trace of the run",
+        "Every step of the run, with the calls to hub and bucket. A run's trace id is its run id without hyphens."
+        " The root span arrives when the run has ended.",
+        lambda: tempo.TempoQuery().ref_id("A").datasource(TEMPO).query_type("traceql").query("${trace}"),
     )
