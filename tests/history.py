@@ -20,13 +20,14 @@ class Run:
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     model_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     begin: float = field(default_factory=lambda: time.time() - 600)
+    net_id: str = "net-1"
     run_dir: str = "/nowhere"
     tells_hub: bool = True
     now: float = 0.0
 
     def __post_init__(self) -> None:
         self._state = RunState(self.run_id)
-        columns = {"job_id": self.run_id, "model_id": self.model_id, "net_id": "net-1", "run_dir": self.run_dir}
+        columns = {"job_id": self.run_id, "model_id": self.model_id, "net_id": self.net_id, "run_dir": self.run_dir}
         self.ledger.append(Entry(self.run_id, self.begin, run=columns))
 
     def at(self, seconds: float, name: str, **attrs: Scalar) -> None:
