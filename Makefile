@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: help setup demo test lint fmt clean prometheus-tools
+.PHONY: dashboards picture help setup demo test lint fmt clean prometheus-tools
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,6 +40,12 @@ lint: $(STAMP) ## ruff and strict mypy
 fmt: $(STAMP) ## format and mend what can be mended
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
+
+dashboards: $(STAMP) ## write the Grafana dashboards' JSON from their source
+	"$(BIN)/python" -m dashboards.grafana
+
+picture: $(STAMP) ## have a real run and draw its dashboard: docs/dashboard.svg (needs Prometheus)
+	PYTHONPATH=.:tests "$(BIN)/python" -m dashboards.picture
 
 clean: ## remove the virtual environment and what tools left
 	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.* htmlcov dist build
