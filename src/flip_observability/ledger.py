@@ -29,7 +29,7 @@ from flip_observability.process import ProcessIdentity
 log = logging.getLogger(__name__)
 
 FILE_NAME = "ledger.db"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FL_THREAD_BUSY_MS = 50
 """How long a thread of NVFLARE waits for a ledger that another process is writing to."""
 BUSY_MS = 5_000
@@ -97,7 +97,13 @@ CREATE INDEX outbox_ages ON outbox (kind, created) WHERE state = 'pending'
 """
 """A scrape reads what is open, waits, or has just finished: its cost must not grow with the history."""
 
-_MIGRATIONS: dict[int, str] = {0: _SCHEMA, 1: _INDEXES_OF_METRICS}
+_SPANS_OF_RUNS = """
+ALTER TABLE runs ADD COLUMN spans_accepted TEXT;
+CREATE INDEX runs_untraced ON runs (final_time) WHERE final_status IS NOT NULL AND root_claimed IS NULL
+"""
+"""The uid of the last event whose spans, with those of all events before it, the collector has accepted."""
+
+_MIGRATIONS: dict[int, str] = {0: _SCHEMA, 1: _INDEXES_OF_METRICS, 2: _SPANS_OF_RUNS}
 """From a schema version to the next one. Version 0 is an empty file."""
 
 _CURSOR = "SELECT CAST(value AS INTEGER) AS value FROM meta WHERE key = 'metrics_cursor'"
@@ -106,9 +112,12 @@ _STATE = "SELECT CAST(name AS BLOB), CAST(labels AS BLOB), CAST(value AS BLOB) F
 RUN_COLUMNS = frozenset(
     "job_id model_id net_id run_dir boot_id pid_ns pid start_ticks heartbeat status started last_event ended workflow "
     "round total_rounds clients round_results stall_after intent root_claimed upload_key upload_id results_uri "
-    "results_bytes results_files results_crc32".split()
+    "results_bytes results_files results_crc32 spans_accepted".split()
 )
 """Columns of ``runs`` that an entry may set. ``final_*`` are set by the claim alone, ``problems`` by merging."""
+
+
+_DURABLE_COLUMNS = frozenset({"intent", "root_claimed"})
 
 
 class LedgerError(Exception):
@@ -158,7 +167,9 @@ class Entry:
     @property
     def durable(self) -> bool:
         """Whether the transaction must be on the disk, not only in the kernel, when it returns."""
-        return self.final_status is not None or "intent" in self.run or any(i.kind == "status" for i in self.outbox)
+        if self.final_status is not None or self.run.keys() & _DURABLE_COLUMNS:
+            return True
+        return any(item.kind == "status" for item in self.outbox)
 
     def to_json(self) -> str:
         """One line for a spool file."""
@@ -649,6 +660,15 @@ class Ledger:
         with self._transaction() as db:
             sql = "UPDATE runs SET root_claimed = ? WHERE run_id = ? AND root_claimed IS NULL"
             return db.execute(sql, (owner, run_id)).rowcount == 1
+
+    def untraced_runs(self, since: float, limit: int = 1_000) -> list[dict[str, Any]]:
+        """Runs that got their final status after ``since`` (epoch seconds) and whose root span nobody has claimed."""
+        rows = self._rows(
+            "SELECT * FROM runs WHERE final_status IS NOT NULL AND root_claimed IS NULL AND final_time > ? "
+            "ORDER BY final_time LIMIT ?",
+            (since, limit),
+        )
+        return [_run(row) for row in rows]
 
     # -- the observer ------------------------------------------------------------------------------------------------
 
