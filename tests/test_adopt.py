@@ -339,6 +339,21 @@ REFUSED = {
     "nested too deeply": ("json", "[" * 100_000, "nested too deeply"),
     "includes": ("conf", 'include "other.conf"\n' + HOCON, "includes other files"),
     "included by URL": ("conf", 'include url("http://127.0.0.1:9/x")\n' + HOCON, "includes other files"),
+    "put together": (
+        "conf",
+        f'flip = "{FLIPS}"\n' + HOCON.replace(f"path = {FLIPS}.Server", 'path = ${flip}".Server'.replace('".S', ".S")),
+        "cannot be changed without touching something else",
+    ),
+    "named elsewhere": (
+        "yml",
+        YAML.replace(f'path: "{FLIPS}.ServerEventHandler"', "path: *it") + f"it: &it {FLIPS}.ServerEventHandler\n",
+        "no valid YAML",
+    ),
+    "named before": (
+        "yml",
+        f"it: &it {FLIPS}.ServerEventHandler\n" + YAML.replace(f'path: "{FLIPS}.ServerEventHandler"', "path: *it"),
+        "cannot be changed without touching something else",
+    ),
     "appended": ("conf", HOCON.replace("components = [", "components += ["), "is not changed|not understood"),
     "a string without an end": ("conf", 'components = ["x\n]', "not understood|has no end"),
     "anchors": (

@@ -186,9 +186,13 @@ def _adopted(config: _Config, *, add: bool, persistor_id: str) -> tuple[str | No
 
 
 def _verify(text: str, form: ConfigFormat, wanted: dict[str, Any]) -> None:
-    if not config_text.same(config_text.parse(text, form), wanted):
+    try:
+        right = config_text.same(config_text.parse(text, form), wanted)
+    except ConfigTextError:
+        right = False
+    if not right:
         raise ConfigTextError(
-            "its class paths cannot be changed without touching something else (are they composed or escaped?)"
+            "its class paths cannot be changed without touching something else (are they composed or referred to?)"
         )
 
 
