@@ -179,6 +179,7 @@ def _adopted(config: _Config, *, add: bool, persistor_id: str) -> tuple[str | No
         if not add:
             return None, []
         text, data, added = _with_ours(config, persistor_id)
+    _verify(text, config.form, data)
     text, data = _handler_last(text, config.form, data)
     _verify(text, config.form, data)
     _check_arguments(data)

@@ -95,7 +95,8 @@ def component_paths(text: str, form: ConfigFormat) -> list[Scalar]:
 
 def replace_paths(text: str, form: ConfigFormat, names: dict[str, str]) -> str:
     """Give components other class paths, where ``names`` has one for theirs."""
-    for scalar in reversed(component_paths(text, form)):
+    spelled = dict.fromkeys(component_paths(text, form))  # YAML can refer to one place from several
+    for scalar in sorted(spelled, reverse=True):
         if scalar.value in names:
             old = text[scalar.span.start : scalar.span.end]
             quote = old[0] if old[0] in "\"'" else ""
