@@ -291,7 +291,7 @@ class LiveLedger:
             ledger = self._ledger
             if not ledger.is_current():
                 log.error(
-                    "The ledger in %s was deleted or replaced. Metrics go on with the new one; counters restart.",
+                    "The ledger in %s is gone, replaced or emptied. Metrics go on with the new one; counters restart.",
                     ledger.directory,
                 )
                 ledger = self._reopen(ledger)

@@ -263,10 +263,13 @@ class Ledger:
     @classmethod
     def open_or_replace(cls, directory: Path, *, busy_ms: int = BUSY_MS) -> Ledger:
         """Open the ledger; a corrupt file is set aside under another name (never deleted) and a new one begun."""
+        path = directory / FILE_NAME
+        if _is_truncated(path):
+            set_aside(directory, _inode(path))
         try:
             return cls(directory, busy_ms=busy_ms)
         except LedgerCorruptError:
-            set_aside(directory, _inode(directory / FILE_NAME))
+            set_aside(directory, _inode(path))
             return cls(directory, busy_ms=busy_ms)
 
     # -- opening -----------------------------------------------------------------------------------------------------
@@ -295,14 +298,15 @@ class Ledger:
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         # A new file's first openers race for the switch to WAL, and that one lock does not honour the busy time-out.
-        for attempt in range(100):
+        deadline = time.monotonic() + max(self._busy_ms, 500) / 1_000
+        while True:
             try:
                 if db.execute("PRAGMA page_count").fetchone()[0] == 0:
                     db.execute("PRAGMA auto_vacuum=INCREMENTAL")
                 db.execute("PRAGMA journal_mode=WAL").fetchall()
                 break
             except sqlite3.OperationalError as error:
-                if not _is_busy(error) or attempt * 10 >= max(self._busy_ms, 500):
+                if not _is_busy(error) or time.monotonic() >= deadline:
                     raise
                 time.sleep(0.01)
         db.execute("PRAGMA journal_size_limit=16777216")
@@ -345,8 +349,8 @@ class Ledger:
         return self._inode
 
     def is_current(self) -> bool:
-        """Whether the file is still the one that was opened (not deleted or replaced)."""
-        return self.path is None or self._file_inode() == self._inode
+        """Whether the file is still the one that was opened (not deleted, replaced or emptied)."""
+        return self.path is None or (self._file_inode() == self._inode and not _is_truncated(self.path))
 
     def close(self) -> None:
         """Close the connection.
@@ -896,6 +900,15 @@ def _inode(path: Path) -> int | None:
         return path.stat().st_ino
     except OSError:
         return None
+
+
+def _is_truncated(path: Path) -> bool:
+    """Whether somebody emptied a ledger in use. SQLite cannot tell: it waits for those who have it open, for ever."""
+    try:
+        # A ledger has its first page before it has a write-ahead log.
+        return path.stat().st_size == 0 and path.with_name(f"{FILE_NAME}-wal").exists()
+    except OSError:
+        return False
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
