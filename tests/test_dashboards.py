@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 import otel_collector
 from demo_runs import DemoRuns
@@ -236,9 +239,22 @@ def scene(demo_runs: DemoRuns, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def start_collector(stack: contextlib.ExitStack) -> otel_collector.Collector | None:
     try:
-        return stack.enter_context(otel_collector.Collector())
+        store = stack.enter_context(otel_collector.TraceStore())
+        collector = stack.enter_context(otel_collector.Collector(trace_store=store.address))
     except pytest.skip.Exception:
         return None
+    send_spans(collector)
+    otel_collector.wait_for_spans(store, 3)
+    return collector
+
+
+def send_spans(collector: otel_collector.Collector) -> None:
+    provider = TracerProvider(shutdown_on_exit=False)
+    exporter = OTLPSpanExporter(endpoint=f"127.0.0.1:{collector.grpc_port}", insecure=True)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for number in range(3):
+        provider.get_tracer("test").start_span(f"span-{number}").end()
+    provider.shutdown()
 
 
 @contextlib.contextmanager
@@ -254,7 +270,7 @@ def observing(settings: Settings, ledger: Path, port: int) -> Iterator[None]:
 def play(folder: Path, prometheus: Prometheus) -> str:
     """A run that is in its third round when this ends, each of its rounds scraped."""
     with Ledger(folder) as ledger:
-        run = Run(ledger, begin=time.time())
+        run = Run(ledger, begin=time.time(), net_id=NET)
         run.train({"site-1": 0.2, "site-2": 0.3, "site-3": 0.9}, rounds=1)
         prometheus.wait_for_scrape()
         for number in (2, 3):

@@ -244,7 +244,11 @@ def _collector() -> list[AnyPanel]:
             "Spans lost",
             "Spans that the collector refused, or could not give on: traces have holes then.",
             Query(f"sum({_otel('receiver_refused_spans')})", legend="refused"),
-            Query(f"sum({_otel('exporter_send_failed_spans')})", legend="not given on"),
+            # The collector has no series for this before it happens for the first time.
+            Query(
+                f"sum({_otel('exporter_send_failed_spans')}) or 0 * sum({_otel('receiver_accepted_spans')})",
+                legend="not given on",
+            ),
             unit="cps",
             colours={"refused": RED, "not given on": "dark-red"},
         ),

@@ -142,7 +142,7 @@ def _numbers() -> list[AnyPanel]:
             span=4,
         ),
         number(
-            "Counts as stalled after",
+            "Stalled after",
             "A run in progress that is silent for longer than this counts as stalled: three times its median round,"
             " half an hour in round 1.",
             Query(_gauge("flip_run_stall_after_seconds")),
@@ -169,7 +169,14 @@ def _rounds() -> list[AnyPanel]:
     buckets = "sum by (le) (rate({}_bucket{{" + NET + "}}[$__rate_interval]))"
     rounds = buckets.format("flip_round_duration_seconds")
     aggregation = buckets.format("flip_aggregation_duration_seconds")
-    slowest = f"sum by (client, le) (rate({task % 'bucket'}[$__rate_interval]))"
+    lately = (
+        f"sum by (client) (rate({total}[$__rate_interval])) / (sum by (client) (rate({count}[$__rate_interval])) > 0)"
+    )
+    anybody = f"sum by (le) (rate({task % 'bucket'}[$__rate_interval]))"
+    round_mean = (
+        f"sum(rate(flip_round_duration_seconds_sum{{{NET}}}[$__rate_interval]))"
+        f" / (sum(rate(flip_round_duration_seconds_count{{{NET}}}[$__rate_interval])) > 0)"
+    )
     mean = f"sum by (client) (increase({total}[$__range])) / (sum by (client) (increase({count}[$__range])) > 0)"
     return [
         lines(
@@ -195,12 +202,14 @@ def _rounds() -> list[AnyPanel]:
         ),
         lines(
             "How long rounds take",
-            "Half of the rounds, and 95 % of rounds and aggregations, took less than this." + ONE_AT_A_TIME,
-            Query(f"histogram_quantile(0.5, {rounds})", legend="round, half"),
+            "The mean of the rounds, and what 95 % of rounds and aggregations were below. Dots are runs: they open the"
+            " trace." + ONE_AT_A_TIME,
+            Query(round_mean, legend="round, mean"),
             Query(f"histogram_quantile(0.95, {rounds})", legend="round, 95 %", exemplars=True),
             Query(f"histogram_quantile(0.95, {aggregation})", legend="aggregation, 95 %", exemplars=True),
             unit="s",
             span=8,
+            colours={"round, mean": BLUE, "round, 95 %": GRAY},
         ),
         ranking(
             "Who is the straggler?",
@@ -213,13 +222,15 @@ def _rounds() -> list[AnyPanel]:
             height=9,
         ),
         lines(
-            "Client task times, 95 %",
-            "95 % of a client's tasks took less than this. One that climbs is about to hold up everybody."
-            + ONE_AT_A_TIME,
-            Query(f"histogram_quantile(0.95, {slowest})", legend="{{client}}", exemplars=True),
+            "How long clients take",
+            "The mean of each client's tasks, and what 95 % of all were below. A client that climbs is about to hold up"
+            " everybody. Dots are runs: they open the trace." + ONE_AT_A_TIME,
+            Query(lately, legend="{{client}}"),
+            Query(f"histogram_quantile(0.95, {anybody})", legend="95 % of all", exemplars=True),
             unit="s",
             span=16,
             height=9,
+            colours={"95 % of all": GRAY},
         ),
     ]
 
