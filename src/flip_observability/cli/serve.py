@@ -1,0 +1,59 @@
+"""``flip-obs serve``: an observer beside the server, for as long as it is wanted."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flip_observability.cli.common import DIRECTORY_VARIABLE, CommandError, console, ledger_directory
+from flip_observability.settings import Settings
+
+
+def serve(
+    ctx: typer.Context,
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 in a container.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 picks a free one.")] = 9464,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate and its chain (PEM): serve HTTPS.", show_default=False)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="The certificate's private key (PEM).", show_default=False)
+    ] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(help="Let in only clients with a certificate of this CA (PEM).", show_default=False)
+    ] = None,
+) -> None:
+    """Observe the ledger until SIGTERM or Ctrl-C: serve its metrics, tell the hub, end what died."""
+    from flip_observability.exporter import TLS, ExporterError
+    from flip_observability.observer import Observer
+
+    settings = Settings.load()
+    directory = ledger_directory(ctx)
+    if not directory.is_dir():
+        raise CommandError(
+            f"No folder {directory}: name the server's ledger folder with --dir or {DIRECTORY_VARIABLE}. "
+            "The server makes it with its first run; an empty one will do"
+        )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    tls = TLS(tls_cert, tls_key, client_ca)
+    observer = Observer(settings, directory.absolute(), host=host, port=port, tls=tls, insist=True)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        observer.start()
+    except ExporterError as error:
+        raise CommandError(str(error)) from None
+    out = console()
+    url = observer.exporter.url if observer.exporter is not None else ""
+    out.print(f"Serving {url}/metrics from the ledger in {directory} (net {settings.net_id}). Ctrl-C ends it.")
+    while not ended.wait(1.0):  # a bare wait would keep signals from being seen on some platforms
+        pass
+    observer.stop()
+    out.print("Stopped.")
