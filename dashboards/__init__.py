@@ -1,1 +1,1 @@
-"""Dashboards, alert rules and their configuration: made from code, written as the files that Grafana and Prometheus read."""
+"""Dashboards, alert rules and their configuration: made from code, written as files for Grafana and Prometheus."""

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -238,9 +238,10 @@ def _moments_of_a_run(
 def _run_moments() -> Iterator[Timeline]:
     final = "flip_run_final_status_timestamp_seconds"
     well = [{"status": status} for status in ("RESULTS_UPLOADED", "STOPPED")]
-    for status in ("ERROR", "RESULTS_UPLOAD_FAILED"):
-        for timeline in _moments_of_a_run("FlipRunFailed", final, {"status": status}, well):
-            yield replace(timeline, name=f"{timeline.name} ({status})")
+    yield from _moments_of_a_run("FlipRunFailed", final, {"status": "ERROR"}, well)
+    upload_failed = _moments_of_a_run("FlipRunFailed", final, {"status": "RESULTS_UPLOAD_FAILED"}, well)
+    for timeline in islice(upload_failed, 3):
+        yield replace(timeline, name=f"{timeline.name} (a failed upload, where the hub has a status for it)")
     problems = {
         "FlipRunOrphaned": "orphaned",
         "FlipResultsUploadFailed": "upload_failed",
@@ -422,10 +423,14 @@ CONDITIONS = (
 def _particulars() -> Iterator[Timeline]:
     """What only one alert knows."""
     final = _selector("flip_run_final_status_timestamp_seconds", FIRST, THE_RUN, status="ERROR")
-    elsewhere = _selector("flip_run_final_status_timestamp_seconds", SECOND, ANOTHER_RUN, status="ERROR")
+    # A run of the same net that ended, and one of the same name elsewhere, have nothing to do with it.
+    others = {
+        _selector("flip_run_final_status_timestamp_seconds", server, run, status="ERROR"): _from(35, 2_100.0)
+        for server, run in ((FIRST, ANOTHER_RUN), (SECOND, THE_RUN))
+    }
     for it, series in (("FlipRunStalled", _progress), ("FlipClientsMissing", _clients)):
         delay = next(condition.delay for condition in CONDITIONS if condition.alert == it)
-        ended = series(FIRST, 30, NEVER) | {final: _from(60, 3_600.0), elsewhere: _from(40, 2_400.0)}
+        ended = series(FIRST, 30, NEVER) | {final: _from(60, 3_600.0)} | others
         labels = _run_labels(FIRST)
         yield Timeline("it ends with the run", it, ended, [Fires(30 + delay, 59, labels)])
         yield Timeline("not for a run that has ended", it, ended | {final: _from(20, 1_200.0)})
@@ -479,9 +484,7 @@ def _observer_down() -> Iterator[Timeline]:
         {_selector("up", job=JOB, instance=FIRST["instance"]): _always(0)} | well,
         [Fires(5, 150, {"instance": FIRST["instance"]})],
     )
-    yield Timeline(
-        "a day and a half away is one incident", alert, observer(30, 2_200), [fires(35, 2_200)], minutes=2_300
-    )
+    yield Timeline("half a day away is one incident", alert, observer(30, 700), [fires(35, 700)], minutes=760)
     yield Timeline(
         "no target at all, whatever else is scraped",
         alert,

@@ -88,7 +88,7 @@ class Alert:
     expr: str
     summary: str
     description: str
-    dashboard: str = "flip-observability"
+    dashboard: str = "flip-health"
     of_run: bool = False
     hold: str | None = None
 
