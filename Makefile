@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: dashboards picture help setup demo test lint fmt clean prometheus-tools
+.PHONY: collector collector-if-possible stack stack-down dashboards picture help setup demo test lint fmt clean prometheus-tools
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,11 +26,24 @@ setup: $(STAMP) ## virtual environment with everything installed
 demo: $(STAMP) ## a real federated run with an embedded hub and bucket (ARGS="--scenario fatal")
 	"$(BIN)/flip-obs" demo $(ARGS)
 
-test: lint prometheus-tools ## lint, types, all tests with branch coverage
+test: lint prometheus-tools collector-if-possible ## lint, types, all tests with branch coverage
 	"$(BIN)/python" -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
 
 prometheus-tools: ## Prometheus and Alertmanager for the tests, unpacked into ~/.cache (Debian, Ubuntu)
 	@scripts/fetch-prometheus.sh
+
+collector: ## the OpenTelemetry Collector of otel-collector.yaml, built into ~/.cache (needs Go)
+	@collector/build.sh
+
+collector-if-possible:
+	@collector/build.sh --if-possible
+
+stack: ## Prometheus, Alertmanager, Tempo, Grafana, a demo server: docs/stack.md (needs Docker)
+	@stack/make-env.sh
+	docker compose --profile demo up --build --detach --wait
+
+stack-down: ## stop the stack; what it stored stays
+	docker compose --profile demo down
 
 lint: $(STAMP) ## ruff and strict mypy
 	"$(BIN)/ruff" check .

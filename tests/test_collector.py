@@ -1,0 +1,559 @@
+"""The collector, really built and run: what goes in comes out, and what must not come out does not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from certificates import Authority
+from flip_observability.ledger import Ledger
+from flip_observability.observer import Observer
+from flip_observability.settings import Settings
+from history import Run
+from otel_collector import (
+    BUILD,
+    CONFIG,
+    MANIFEST,
+    REPOSITORY,
+    TLS_CONFIG,
+    Collector,
+    TraceStore,
+    pairs,
+    validate,
+    values,
+    wait_for_spans,
+)
+from prometheus_tools import Prometheus, wait_for
+
+CANARY = "canary-7f3a"
+MOVING = frozenset({"flip_observer_loop_last_success_timestamp_seconds"})
+"""Series whose values differ from one look at the page to the next."""
+
+
+def config() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
+    return loaded
+
+
+def manifest() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(MANIFEST.read_text())
+    return loaded
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_has_the_components_of_the_configuration_and_no_more() -> None:
+    for section in ("receivers", "processors", "exporters", "extensions"):
+        configured = {name.partition("/")[0].replace("_", "") for name in config()[section]}
+        modules = [item["gomod"].split()[0].rpartition("/")[2] for item in manifest()[section]]
+        built = {module.removesuffix(section.removesuffix("s")) for module in modules}
+        if section == "exporters":  # its module has no transport in its name
+            configured = {name.replace("otlpgrpc", "otlp") for name in configured}
+        assert configured == built, section
+
+
+def test_every_module_is_pinned_to_the_version_of_the_collector() -> None:
+    version = manifest()["dist"]["version"]
+    for section in ("receivers", "processors", "exporters", "extensions"):
+        for item in manifest()[section]:
+            assert item["gomod"].split()[1] == f"v{version}"
+    assert all(re.fullmatch(r"v1\.\d+\.\d+", item["gomod"].split()[1]) for item in manifest()["providers"])
+
+
+def test_pipelines_use_all_that_is_configured_in_the_right_order() -> None:
+    service, used = config()["service"], set()
+    for name, pipeline in service["pipelines"].items():
+        processors = pipeline["processors"]
+        assert processors[0] == "memory_limiter", name
+        assert processors[-1] == "batch", name
+        used |= {*pipeline["receivers"], *processors, *pipeline["exporters"]}
+    traces = service["pipelines"]["traces"]["processors"]
+    assert traces.index("resource_detection") < traces.index("redaction")
+    assert {"transform/no_messages", "redaction"} <= set(traces)
+    configured = {name for section in ("receivers", "processors", "exporters") for name in config()[section]}
+    assert used == configured
+    assert set(service["extensions"]) == set(config()["extensions"])
+
+
+def test_it_listens_on_loopback_unless_told_otherwise() -> None:
+    tree = config()
+    own = tree["service"]["telemetry"]["metrics"]["readers"][0]["pull"]["exporter"]["prometheus"]
+    assert own["host"] == "127.0.0.1"
+    listening = [
+        value for path, value in pairs({k: tree[k] for k in ("receivers", "extensions")}) if "endpoint" in path
+    ]
+    assert len(listening) == 3
+    for address in listening:
+        assert address.startswith("${env:FLIP_COLLECTOR_HOST:-127.0.0.1}"), address
+
+
+def test_what_waits_is_bounded() -> None:
+    exporters = config()["exporters"]
+    for name, queue in (("otlp_grpc", "sending_queue"), ("prometheus_remote_write", "remote_write_queue")):
+        assert 0 < exporters[name][queue]["queue_size"] <= 1000
+        assert exporters[name]["retry_on_failure"]["max_elapsed_time"] not in (0, "0", "0s")
+
+
+def test_the_variables_are_those_that_the_file_explains() -> None:
+    text = CONFIG.read_text()
+    explained = dict(re.findall(r"^#   (FLIP_\w+) +(\S+)", text, re.MULTILINE))
+    used = dict(re.findall(r"\$\{env:(\w+):-(.*?)\}", text))
+    assert used == explained
+
+
+@pytest.mark.parametrize("files", [(CONFIG,), (CONFIG, TLS_CONFIG)], ids=["alone", "with TLS"])
+def test_the_collector_accepts_the_configuration(files: tuple[Path, ...], tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("collector")
+    told = validate(
+        *files,
+        FLIP_OTLP_CERT=str(pair.certificate),
+        FLIP_OTLP_KEY=str(pair.key),
+        FLIP_OTLP_CLIENT_CA=str(authority.certificate),
+        FLIP_METRICS_TARGETS='["fl-1:9464", "fl-2:9464"]',
+    )
+    assert told.returncode == 0, told.stderr
+    assert "deprecated" not in (told.stdout + told.stderr).lower()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("processors", "redaction", "allow_all_keys"), "perhaps"),
+        (("service", "pipelines", "traces", "exporters"), ["nowhere"]),
+        (("exporters", "otlp_grpc", "no_such_setting"), 1),
+    ],
+    ids=["type", "unknown exporter", "unknown setting"],
+)
+def test_the_collector_refuses_a_broken_one(path: tuple[str, ...], value: Any, tmp_path: Path) -> None:
+    broken = place = copy.deepcopy(config())
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file = tmp_path / "broken.json"
+    file.write_text(json.dumps(broken))
+    assert validate(file).returncode != 0
+
+
+def test_without_go_it_is_said_and_nothing_breaks(tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("bash", "awk", "sha256sum", "cut", "dirname", "cat"):
+        (folder / tool).symlink_to(shutil.which(tool) or tool)
+    environment = {"PATH": str(folder), "FLIP_COLLECTOR_CACHE": str(tmp_path / "cache"), "GO": "/nonexistent/go"}
+
+    def build(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(folder / "bash"), str(BUILD), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert build().returncode == 1
+    told = build("--if-possible")
+    assert told.returncode == 0
+    assert "no Go" in told.stderr
+    assert build("--path").stdout.startswith(str(tmp_path / "cache"))
+
+
+# -- spans -------------------------------------------------------------------------------------------------------------
+
+
+class Tee(SpanExporter):
+    """Exports, and keeps what it has exported."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter, self.memory = exporter, InMemorySpanExporter()
+
+    def export(self, spans: Any) -> SpanExportResult:
+        self.memory.export(spans)
+        return self._exporter.export(spans)
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+
+def grpc_exporter(collector: Collector) -> SpanExporter:
+    return GrpcExporter(endpoint=f"http://127.0.0.1:{collector.grpc_port}", insecure=True)
+
+
+def http_exporter(collector: Collector) -> SpanExporter:
+    return HttpExporter(endpoint=f"http://127.0.0.1:{collector.http_port}/v1/traces")
+
+
+def play(exporter: SpanExporter, rounds: int, **resource: str) -> list[ReadableSpan]:
+    """Spans as a run has them, sent one by one."""
+    tee = Tee(exporter)
+    attributes: dict[str, Any] = {"service.name": "flip-fl-server", "flip.net_id": "net-1", **resource}
+    provider = TracerProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(tee))
+    tracer = provider.get_tracer("flip_observability", "0.1.0")
+    with tracer.start_as_current_span("flip.run", attributes={"flip.run_id": "r-1", "flip.model_id": "m-1"}) as run:
+        run.add_event("flip.status", {"flip.status": "TRAINING_STARTED"})
+        for number in range(1, rounds + 1):
+            with tracer.start_as_current_span("flip.round", attributes={"flip.round": number, "flip.total_rounds": 9}):
+                task = {"flip.client": "site-1", "flip.task": "train", "flip.return_code": "OK"}
+                with tracer.start_as_current_span("flip.client_task", kind=SpanKind.CLIENT, attributes=task):
+                    pass
+        run.set_status(Status(StatusCode.ERROR))
+    provider.shutdown()
+    return list(tee.memory.get_finished_spans())
+
+
+@pytest.fixture(scope="module")
+def traced() -> Iterator[tuple[Collector, TraceStore]]:
+    with TraceStore() as store, Collector(trace_store=store.address) as collector:
+        yield collector, store
+
+
+@pytest.mark.parametrize("exporter", [grpc_exporter, http_exporter], ids=["grpc", "http"])
+def test_spans_come_out_whole(exporter: Callable[[Collector], SpanExporter]) -> None:
+    with TraceStore() as store, Collector(trace_store=store.address) as collector:
+        sent = play(exporter(collector), rounds=150)
+        assert len(sent) == 301
+        came = {span.span_id: span for span in wait_for_spans(store, len(sent))}
+        counted = collector.own_metrics()
+    assert len(came) == len(store.spans) == len(sent)
+    for span in sent:
+        context, parent = span.get_span_context(), span.parent
+        assert context is not None
+        other = came[context.span_id.to_bytes(8, "big")]
+        assert other.trace_id == context.trace_id.to_bytes(16, "big")
+        assert other.parent_span_id == (parent.span_id.to_bytes(8, "big") if parent else b"")
+        assert (other.name, other.kind) == (span.name, span.kind.value + 1)
+        assert (other.start_time_unix_nano, other.end_time_unix_nano) == (span.start_time, span.end_time)
+        assert values(other.attributes) == dict(span.attributes or {})
+        assert other.status.code == span.status.status_code.value
+        assert [(event.name, event.time_unix_nano, values(event.attributes)) for event in other.events] == [
+            (event.name, event.timestamp, dict(event.attributes or {})) for event in span.events
+        ]
+    resource = values(store.requests[0].resource_spans[0].resource.attributes)
+    assert resource["service.name"] == "flip-fl-server"
+    assert resource["flip.net_id"] == "net-1"
+    assert resource["host.name"], "what the server did not say, the collector adds"
+    assert counted["otelcol_receiver_accepted_spans_total"] == len(sent)
+    assert counted["otelcol_exporter_sent_spans_total"] == len(sent)
+    assert counted.get("otelcol_receiver_refused_spans_total", 0) == 0
+
+
+def test_what_a_server_says_of_its_host_stands(traced: tuple[Collector, TraceStore]) -> None:
+    collector, store = traced
+    before = len(store.spans)
+    play(grpc_exporter(collector), 1, **{"host.name": "fl-7"})
+    wait_for_spans(store, before + 3)
+    assert values(store.requests[-1].resource_spans[0].resource.attributes)["host.name"] == "fl-7"
+
+
+def test_what_is_not_on_the_list_does_not_come_out(traced: tuple[Collector, TraceStore]) -> None:
+    collector, store = traced
+    before = len(store.spans)
+    exporter = grpc_exporter(collector)
+    attributes = {"service.name": "flip-fl-server", "patient.name": CANARY, "process.command_line": CANARY}
+    provider = TracerProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("scope", attributes={"scope.secret": CANARY})
+    span = tracer.start_span("flip.run", attributes={"flip.run_id": "r-2", "accession_number": CANARY})
+    span.set_attribute("flip.unheard_of", [CANARY, CANARY])
+    span.set_attribute("http.request.header.x-internal-service-key", CANARY)
+    span.add_event("exception", {"exception.type": "ValueError", "exception.message": CANARY})
+    span.add_event("exception", {"exception.stacktrace": CANARY})
+    span.set_status(Status(StatusCode.ERROR, f"ValueError: {CANARY}"))
+    span.end()
+    provider.shutdown()
+    wait_for_spans(store, before + 1)
+    assert "r-2" in store.text()
+    assert CANARY not in store.text()
+    assert not {name for name in store.attribute_names() if name.startswith("redaction")}
+    came = store.spans[-1]
+    assert came.status.code == StatusCode.ERROR.value
+    assert [values(event.attributes) for event in came.events] == [{"exception.type": "ValueError"}, {}]
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("http://hub:8000/api/model/1?X-Amz-Signature=0123abcd&a=b", "0123abcd"),
+        ("https://user:hunter22@hub.example/api", "hunter22"),
+        ("s3://AKIAIOSFODNN7EXAMPLE/x", "AKIAIOSFODNN7EXAMPLE"),
+        ("Authorization: Bearer abcdefgh12345678", "abcdefgh12345678"),
+        ("-----BEGIN RSA PRIVATE KEY-----", "RSA PRIVATE"),
+    ],
+    ids=["signed", "password", "key id", "bearer", "private key"],
+)
+def test_secrets_in_values_are_masked(text: str, secret: str, traced: tuple[Collector, TraceStore]) -> None:
+    collector, store = traced
+    before = len(store.spans)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(http_exporter(collector)))
+    provider.get_tracer("t").start_span("GET", attributes={"url.full": text, "server.address": "hub.example"}).end()
+    provider.shutdown()
+    wait_for_spans(store, before + 1)
+    came = values(store.spans[-1].attributes)
+    assert secret not in came["url.full"]
+    assert "****" in came["url.full"]
+    assert came["server.address"] == "hub.example"
+
+
+def test_a_trace_store_that_is_away_for_a_while_loses_nothing() -> None:
+    store = TraceStore()
+    with store:
+        pass
+    with Collector(trace_store=store.address) as collector:
+        sent = play(grpc_exporter(collector), rounds=10)
+        wait_for(
+            lambda: collector.own_metrics().get("otelcol_exporter_queue_size", 0) > 0, 20, "spans wait in the queue"
+        )
+        with store:
+            wait_for_spans(store, len(sent))
+    assert len(store.spans) == len(sent)
+
+
+def test_what_it_holds_is_sent_before_it_ends() -> None:
+    # The batch of the repository's own configuration waits a second: SIGTERM comes before.
+    with TraceStore() as store, Collector(trace_store=store.address) as collector:
+        sent = play(grpc_exporter(collector), rounds=20)
+        assert collector.stop() == 0
+        assert len(store.spans) == len(sent)
+
+
+def test_with_tls_only_senders_with_a_certificate_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # they would win over what the exporter is told
+        monkeypatch.delenv(name, raising=False)
+    ours, theirs = Authority(tmp_path), Authority(tmp_path, "stranger")
+    server, client, stranger = ours.issue("collector"), ours.issue("fl-server"), theirs.issue("other")
+    environment = {
+        "FLIP_OTLP_CERT": str(server.certificate),
+        "FLIP_OTLP_KEY": str(server.key),
+        "FLIP_OTLP_CLIENT_CA": str(ours.certificate),
+    }
+    with (
+        TraceStore() as store,
+        Collector(trace_store=store.address, configs=[TLS_CONFIG], environment=environment) as collector,
+    ):
+        endpoint = f"https://127.0.0.1:{collector.grpc_port}"
+
+        def credentials(pair: Any) -> grpc.ChannelCredentials:
+            read = (ours.certificate.read_bytes(), pair.key.read_bytes(), pair.certificate.read_bytes())
+            return grpc.ssl_channel_credentials(*read)
+
+        for bad in (
+            GrpcExporter(endpoint=endpoint, credentials=credentials(stranger), timeout=2),
+            GrpcExporter(endpoint=endpoint.replace("https", "http"), insecure=True, timeout=2),
+        ):
+            play(bad, rounds=0)
+        plain = urllib.request.Request(f"http://127.0.0.1:{collector.http_port}/v1/traces", data=b"{}")
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(plain, timeout=5)
+        assert store.spans == []
+        sent = play(GrpcExporter(endpoint=endpoint, credentials=credentials(client)), rounds=2)
+        sent += play(
+            HttpExporter(
+                endpoint=f"https://127.0.0.1:{collector.http_port}/v1/traces",
+                certificate_file=str(ours.certificate),
+                client_certificate_file=str(client.certificate),
+                client_key_file=str(client.key),
+            ),
+            rounds=2,
+        )
+        assert len(wait_for_spans(store, len(sent))) == len(sent) == 10
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+class Writable(Prometheus):
+    """A Prometheus that is written to, as in the stack."""
+
+    def arguments(self) -> list[str]:
+        return [*super().arguments(), "--web.enable-remote-write-receiver"]
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collected")
+    with Ledger(folder) as ledger:
+        for status in ("RESULTS_UPLOADED", "ERROR"):
+            run = Run(ledger, begin=time.time() - 120)
+            run.train({"site-1": 2.0, "site-2": 3.0})
+            run.finish(status)
+            run.deliver()
+        run = Run(ledger, begin=time.time() - 30)
+        run.train({"site-1": 2.0})
+        run.deliver()
+    return folder
+
+
+def observer(ledger: Path, port: int = 0) -> Observer:
+    return Observer(Settings.model_validate({"LOCAL_DEV": True, "NET_ID": 'net-"1"'}), ledger, port=port, insist=True)
+
+
+def page(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every sample of an OpenMetrics page by name and labels."""
+    request = urllib.request.Request(f"{url}/metrics", headers={"Accept": "application/openmetrics-text"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))  # type: ignore[no-untyped-call]
+    return {
+        (
+            sample.name,
+            tuple(sorted((name, _canonical(name, text)) for name, text in sample.labels.items())),
+        ): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def _canonical(name: str, text: str) -> str:
+    # Prometheus 3 writes the bound of a bucket as `1.0`, Prometheus 2 as the page does.
+    return str(float(text)) if name == "le" else text
+
+
+def stored(prometheus: Prometheus, instance: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    found = {}
+    for series in prometheus.query(f'{{job="flip-observability",instance="{instance}",__name__=~"flip_.+"}}'):
+        labels = dict(series["metric"])
+        name = labels.pop("__name__")
+        assert labels.pop("job") == "flip-observability"
+        assert labels.pop("instance") == instance
+        key = (name, tuple(sorted((label, _canonical(label, text)) for label, text in labels.items())))
+        found[key] = float(series["value"][1])
+    return found
+
+
+def test_series_reach_prometheus_as_they_are_on_the_page(ledger: Path) -> None:
+    with ExitStack() as stack:
+        prometheus = stack.enter_context(Writable())
+        seen = observer(ledger)
+        seen.start()
+        stack.callback(seen.stop)
+        assert seen.exporter is not None
+        instance = seen.exporter.url.removeprefix("http://")
+        wait_for(lambda: seen.active, 20, "the observer has the ledger")
+        on_page = wait_for(lambda: _page_when_ready(seen.exporter.url), 20, "a page")  # type: ignore[union-attr]
+        stack.enter_context(Collector(prometheus=prometheus.url, targets=[instance]))
+        up = f'up{{job="flip-observability",instance="{instance}"}}'
+        wait_for(lambda: prometheus.value(up) == 1, 30, "the exporter is up")
+        came = wait_for(lambda: _when_all(prometheus, instance, set(on_page)), 30, "all series")
+        assert {key: value for key, value in came.items() if key[0] not in MOVING} == {
+            key: value for key, value in on_page.items() if key[0] not in MOVING
+        }
+        now = time.time()
+        exemplars = prometheus.exemplars('{__name__=~"flip_.+"}', now - 3600, now + 60)
+        assert {e["labels"]["trace_id"] for series in exemplars for e in series["exemplars"]}
+        assert prometheus.query('target_info or {otel_scope_name!=""}') == []
+
+        # An exporter that goes is seen at once, not after Prometheus' five minutes; and back again.
+        port = int(instance.rpartition(":")[2])
+        seen.stop()
+        wait_for(lambda: prometheus.value(up) == 0, 30, "the exporter is down")
+        # The collector sends no marker of the end for the sums of histograms: these are seen for five minutes more.
+        assert not [key for key in stored(prometheus, instance) if not key[0].endswith("_sum")]
+        again = observer(ledger, port)
+        again.start()
+        stack.callback(again.stop)
+        wait_for(lambda: prometheus.value(up) == 1, 30, "the exporter is up again")
+        back = wait_for(lambda: _when_all(prometheus, instance, set(on_page)), 30, "all series again")
+        counters = [key for key in on_page if key[0].endswith("_total") and "errors" not in key[0]]
+        assert {key: back[key] for key in counters} == {key: on_page[key] for key in counters}
+
+
+def _page_when_ready(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float] | None:
+    try:
+        return page(url)
+    except urllib.error.HTTPError:  # 503 until the fold has caught up
+        return None
+
+
+def _when_all(
+    prometheus: Prometheus, instance: str, keys: set[tuple[str, tuple[tuple[str, str], ...]]]
+) -> dict[tuple[str, tuple[tuple[str, str], ...]], float] | None:
+    came = stored(prometheus, instance)
+    return came if keys <= set(came) else None
+
+
+def test_a_prometheus_that_is_away_for_a_while_gets_what_it_missed(ledger: Path) -> None:
+    with ExitStack() as stack:
+        prometheus = stack.enter_context(Writable())
+        seen = observer(ledger)
+        seen.start()
+        stack.callback(seen.stop)
+        assert seen.exporter is not None
+        instance = seen.exporter.url.removeprefix("http://")
+        stack.enter_context(Collector(prometheus=prometheus.url, targets=[instance]))
+        up = f'up{{instance="{instance}"}}'
+        wait_for(lambda: prometheus.value(up) == 1, 30, "the exporter is up")
+        prometheus.stop()
+        down = time.time()
+        time.sleep(4)
+        prometheus.start()
+        wait_for(lambda: prometheus.value(f"timestamp({up})") or 0, 30, "the series goes on")
+
+        def missed() -> list[float]:
+            found = prometheus.query_range(f"timestamp({up})", down + 1, down + 3, 1)
+            return [float(value) for series in found for _, value in series["values"] if float(value) > down]
+
+        assert wait_for(missed, 30, "samples of the time when it was away")
+
+
+def test_a_page_beyond_the_limits_is_not_taken() -> None:
+    from prometheus_tools import static_page
+
+    def huge() -> str:
+        return "".join(f'flip_x{{n="{number}"}} 1\n' for number in range(60_000))
+
+    with ExitStack() as stack:
+        prometheus = stack.enter_context(Writable())
+        instance = stack.enter_context(static_page(huge))
+        stack.enter_context(Collector(prometheus=prometheus.url, targets=[instance]))
+        wait_for(lambda: prometheus.value(f'up{{instance="{instance}"}}') == 0, 30, "the target counts as down")
+        assert prometheus.query("flip_x") == []
+
+
+def test_the_health_dashboard_shows_the_collector() -> None:
+    """Every query about the collector returns data, at the latest when spans have been lost."""
+    board = json.loads((REPOSITORY / "dashboards" / "json" / "flip-health.json").read_text())
+    panels = [panel for outer in board["panels"] for panel in (outer, *outer.get("panels", []))]
+    queries = [t["expr"] for panel in panels for t in panel.get("targets", []) if "otelcol_" in t.get("expr", "")]
+    assert len(queries) >= 6
+    with (
+        Writable() as prometheus,
+        TraceStore() as store,
+        Collector(trace_store=store.address, prometheus=prometheus.url) as collector,
+    ):
+        play(grpc_exporter(collector), rounds=1)
+        wait_for_spans(store, 3)
+
+        def silent() -> list[str]:
+            found = [query for query in queries if not prometheus.query(query.replace("$__rate_interval", "1m"))]
+            return [query for query in found if not re.search(r"refused|failed", query)]
+
+        wait_for(lambda: not silent(), 30, "data for every query")
+        assert prometheus.value('up{job="otel-collector"}') == 1
+
+
+def test_the_binary_is_of_the_pinned_version() -> None:
+    from otel_collector import require
+
+    told = subprocess.run([str(require()), "--version"], capture_output=True, text=True, timeout=60, check=True)
+    assert manifest()["dist"]["version"] in told.stdout
+    assert os.access(BUILD, os.X_OK)
