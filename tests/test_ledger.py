@@ -372,3 +372,61 @@ def test_a_spool_line_is_plain_json() -> None:
     assert json.loads(line)["run_id"] == "r1"
     with pytest.raises((ValueError, TypeError, KeyError)):
         Entry.from_json('{"run_id": 1}')
+
+
+def version_1(directory: Path) -> None:
+    """A ledger as the first version wrote it, with a run that waits for the hub and one that does not."""
+    db = sqlite3.connect(directory / "ledger.db")
+    db.executescript(ledger_module._MIGRATIONS[0])
+    with db:
+        db.execute("INSERT INTO runs (run_id, created, final_status, final_time) VALUES ('old', 1, 'ERROR', 2)")
+        db.execute("INSERT INTO runs (run_id, created) VALUES ('open', 3)")
+        db.execute("INSERT INTO events VALUES (7, 'u', 'old', 1.0, '_start_run', '{}', '[[\"run_started\", 1, {}]]')")
+        db.execute(
+            "INSERT INTO outbox (uid, run_id, model_id, kind, lane, final, payload, created) "
+            "VALUES ('o', 'open', ?, 'status', 0, 0, '{}', 1)",
+            (MODEL,),
+        )
+        db.execute("PRAGMA user_version=1")
+    db.close()
+
+
+def test_a_ledger_of_the_first_version_is_taken_over_whole(tmp_path: Path) -> None:
+    version_1(tmp_path)
+    with Ledger(tmp_path, read_only=True) as looking:
+        assert looking._version() == 1
+        assert len(looking.runs()) == 2
+    with Ledger(tmp_path) as ledger:
+        assert ledger._version() == SCHEMA_VERSION
+        indexes = {row[0] for row in ledger._rows("SELECT name FROM sqlite_master WHERE type = 'index'")}
+        assert {"runs_open", "runs_finished", "outbox_ages"} <= indexes
+        assert [run["run_id"] for run in ledger.open_runs(10)] == ["open"]
+        assert [run["run_id"] for run in ledger.finished_runs(0, 1, 10)] == ["old"]
+        assert ledger.outbox_backlog() == {"status": (1, 1.0)}
+        assert MetricsFold(ledger).catch_up()
+        assert "flip_runs_started_total" in {name for name, _, _ in ledger.metric_state()}
+    with Ledger(tmp_path) as again:
+        assert len(again.events()) == 1
+
+
+def test_an_emptied_ledger_is_set_aside(tmp_path: Path) -> None:
+    held = Ledger(tmp_path)
+    send(held, "INITIATED")
+    held.checkpoint()
+    os.truncate(tmp_path / "ledger.db", 0)
+    assert not held.is_current()
+    with Ledger.open_or_replace(tmp_path) as fresh:
+        assert send(fresh, "INITIATED")
+        assert fresh.is_current()
+    assert list(tmp_path.glob("ledger.db.corrupt-*"))
+    held.close()
+
+
+def test_a_new_ledger_that_cannot_be_prepared_is_given_up_in_time(tmp_path: Path) -> None:
+    blocker = sqlite3.connect(tmp_path / "ledger.db")
+    blocker.execute("BEGIN EXCLUSIVE")
+    begun = time.monotonic()
+    with pytest.raises(LedgerBusyError):
+        Ledger(tmp_path, busy_ms=300)
+    assert time.monotonic() - begun < 10, "not a hundred times 300 ms"
+    blocker.close()

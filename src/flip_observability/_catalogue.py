@@ -32,7 +32,7 @@ _KIB, _MIB, _GIB = 2.0**10, 2.0**20, 2.0**30
 FINAL = tuple(status.value for status in ModelStatus if status in FINAL_STATUSES)
 HUB_KINDS = ("status", "metric", "log", "event")
 HUB_OUTCOMES = ("delivered", "retried", "rejected", "expired")
-EVENTS = tuple(name.lstrip("_") for name in (*TABLE, OwnEvents.HUB_REQUEST, OwnEvents.OBSERVABILITY_ERRORS))
+EVENTS = tuple(dict.fromkeys(name.lstrip("_") for name in (*TABLE, *(own.value for own in OwnEvents))))
 """As in the timeline of ``flip-obs show`` and in traces: NVFLARE's names without the leading underscore."""
 COMPONENTS = (
     *("client", "context", "dispatcher", "doctor", "exporter", "handler", "hub", "install", "json_generator"),
