@@ -88,7 +88,8 @@ class Timeline:
 
     def _checks(self) -> Iterator[dict[str, Any]]:
         active = f'ALERTS{{alertname="{self.alert}",alertstate="firing"}}'
-        over = f"[{self.minutes}m:1m]"
+        # One minute more, for Prometheus 3 leaves out the begin of a range.
+        over = f"[{self.minutes + 1}m:1m]"
         keep = "sum without (alertname, alertstate, severity, lasts)"
         yield self._check(
             f"{keep} (count_over_time(({active} unless {active} offset 1m){over}))",
