@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import random
+import sys
 import threading
 import time
 import zlib
@@ -183,6 +184,10 @@ def make_client() -> S3Client:
     )
     client = boto3.session.Session().client("s3", config=config)
     client.meta.events.register("before-send.s3.UploadPart", _send_in_pieces)
+    # Nothing of OpenTelemetry is imported for an upload that is not part of a traced run.
+    spans = sys.modules.get("flip_observability.client_spans")
+    if spans is not None and (active := spans.active()) is not None:
+        active.instrument_s3(client)
     return client
 
 

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -41,7 +42,7 @@ MAX_WAITED_FOR = 100
 
 class StatusSink(Protocol):
     """Where the client's calls go. It may also have ``multipart(key, upload_id)`` and ``upload_progress(sent, total)``,
-    which are told of an upload, and ``directory``, the ledger's folder.
+    which are told of an upload, ``upload_context()``, in which it happens, and ``directory``, the ledger's folder.
     """
 
     def post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool) -> None: ...
@@ -213,13 +214,14 @@ class FLIP:
             if canonical is None:
                 raise ResultsUploadError("other", "the model id is no UUID")
             sink = _sink_for(lambda: self.settings)
-            return upload_results(
-                Path(results_folder),
-                self._destination(sink),
-                canonical,
-                on_progress=getattr(sink, "upload_progress", None),
-                on_multipart=getattr(sink, "multipart", None),
-            )
+            with getattr(sink, "upload_context", nullcontext)():
+                return upload_results(
+                    Path(results_folder),
+                    self._destination(sink),
+                    canonical,
+                    on_progress=getattr(sink, "upload_progress", None),
+                    on_multipart=getattr(sink, "multipart", None),
+                )
         except ResultsUploadError:
             raise
         except Exception as error:

@@ -15,8 +15,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timezone
 from email.utils import parsedate_to_datetime
@@ -39,10 +40,12 @@ from flip_observability.ledger import Ledger, OutboxRow
 from flip_observability.lifecycle import Fact
 from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.settings import Settings
+from flip_observability.tracing import Tracing, shared
 from flip_observability.utils import canonical_uuid
 
 if TYPE_CHECKING:
     from flip_observability.client import FLIP as FLIP  # noqa: PLC0414 - an export
+    from flip_observability.client_spans import ClientSpans
 else:
 
     def __getattr__(name: str) -> Any:
@@ -318,9 +321,17 @@ class _Adapter(HTTPAdapter):
         return manager
 
 
+_spans: ContextVar[ClientSpans | None] = ContextVar("flip_hub_spans", default=None)
+
+
 class _Session(requests.Session):
     def get_redirect_target(self, resp: Any) -> None:
         """None: ``requests`` reads the whole body of a redirect into memory, even of one that it does not follow."""
+
+    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
+        """As a span of the run whose message it is, when there is one and spans are exported."""
+        spans = _spans.get()
+        return super().send(request, **kwargs) if spans is None else spans.send(self, request, **kwargs)
 
 
 class HubTransport:
@@ -329,9 +340,11 @@ class HubTransport:
     Args:
         settings: base URL, key and contract.
         total: seconds that a call may take.
+        tracing: where the calls' spans go; the process's own when None.
     """
 
-    def __init__(self, settings: Settings, *, total: float = TOTAL_SECONDS) -> None:
+    def __init__(self, settings: Settings, *, total: float = TOTAL_SECONDS, tracing: Tracing | None = None) -> None:
+        self._tracing = tracing or shared(settings)
         self._base = settings.hub_url
         self._contract = CONTRACTS[settings.hub_contract]
         self._total = total
@@ -358,9 +371,10 @@ class HubTransport:
             data = None if body is None else json.dumps(body, allow_nan=False).encode()
         except Exception as error:  # noqa: BLE001 - whatever a row holds, it must not stop the others
             return Reply(error=type(error).__name__, unsendable=True)
+        spans = self._tracing.client_spans if row.run_id is not None else None
         deadline = _Deadline(min(self._total, TOTAL_SECONDS))
         try:
-            with deadline:
+            with deadline, _as_spans(spans, row):
                 return self._call(method, path, data)
         except Exception as error:  # noqa: BLE001 - no memory, no more threads: the row is not to blame
             return Reply(error="DeadlineExceeded" if deadline.over else type(error).__name__)
@@ -396,9 +410,23 @@ class LocalHub:
         return Reply(200)
 
 
-def transport_for(settings: Settings) -> Transport:
+def transport_for(settings: Settings, tracing: Tracing | None = None) -> Transport:
     """The transport that the settings ask for."""
-    return LocalHub() if settings.local_dev else HubTransport(settings)
+    return LocalHub() if settings.local_dev else HubTransport(settings, tracing=tracing)
+
+
+@contextmanager
+def _as_spans(spans: ClientSpans | None, row: OutboxRow) -> Iterator[None]:
+    """The call of a row is a span below its run's root, whichever process makes it, and however late."""
+    if spans is None or row.run_id is None:
+        yield
+        return
+    with spans.of_message(row.run_id, row.attempts):
+        token = _spans.set(spans)
+        try:
+            yield
+        finally:
+            _spans.reset(token)
 
 
 def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -23,6 +23,9 @@ RUN, WORKFLOW, TRAINING, ROUND = "flip.run", "flip.workflow", "flip.training", "
 CLIENT_TASK, AGGREGATION, MODEL_PERSIST = "flip.client_task", "flip.aggregation", "flip.model_persist"
 RESULTS_UPLOAD = "flip.results_upload"
 
+ORPHANED = "ORPHANED"
+"""The error of a span whose process died before it could end it."""
+
 MAX_OPEN_TASKS = 5_000
 """Client tasks remembered at once; beyond it the oldest is closed, so that a run cannot grow the server."""
 MAX_SPAN_EVENTS = 120
@@ -57,6 +60,7 @@ _SPAN_ATTRIBUTES = {
     "files": "flip.results.files",
     "uri": "flip.results.uri",
     "exception_type": "exception.type",
+    "exception_message": "exception.message",
 }
 """Event attribute → span attribute of the telemetry catalogue. What is not here stays in the ledger."""
 
@@ -240,6 +244,21 @@ class RunState:
     def open_spans(self) -> tuple[str, ...]:
         """Names of the spans that have begun and not ended."""
         return tuple(span.name for span in self._open.values())
+
+    @property
+    def current_span_id(self) -> int | None:
+        """The id of the span that what happens now belongs to; None before the first event."""
+        for name in (RESULTS_UPLOAD, ROUND, WORKFLOW, RUN):
+            span = self._open.get(name)
+            if span is not None:
+                return span.span_id
+        return None
+
+    @property
+    def upload_span_id(self) -> int | None:
+        """The id of the span of the upload that is under way."""
+        span = self._open.get(RESULTS_UPLOAD)
+        return span.span_id if span is not None else None
 
     def is_premature_end(self) -> bool:
         """Rule 2: an END_RUN now would be one that a controller fired in the middle of a run."""
@@ -539,6 +558,7 @@ def _on_upload_failed(state: RunState, event: Event, effects: Effects) -> None:
     span = state._open.get(RESULTS_UPLOAD)
     if span is not None:
         span.error = _text(event, "exception_type") or "ResultsUploadError"
+        span.attributes.update(_span_attributes(event.attrs))
     state._finish(RESULTS_UPLOAD, event, effects)
     if not state.upload_failed:
         state.upload_failed = True
@@ -551,6 +571,20 @@ def _on_orphaned(state: RunState, event: Event, effects: Effects) -> None:
         effects.facts.append(("orphaned", 1, {}))
         effects.problems["orphaned"] = event.time
     state._mark((RUN,), Event("orphaned", event.time))
+    state._open[RUN].error = state._open[RUN].error or ORPHANED
+    _cut_off(state, event, effects)
+
+
+def _cut_off(state: RunState, event: Event, effects: Effects) -> None:
+    """The process is gone, and with it everything below the root ended, when it died."""
+    died = event.attrs.get("died")
+    when = min(event.time, died) if isinstance(died, int | float) else event.time
+    end = Event(event.name, when, {}, event.uid)
+    for span in state._open.values():
+        if span.name != RUN:
+            span.error = span.error or ORPHANED
+    for key in [key for key, span in state._open.items() if span.parent == RUN]:
+        state._finish(key, end, effects)
 
 
 def _on_status(state: RunState, event: Event, effects: Effects) -> None:

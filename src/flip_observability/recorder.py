@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,18 @@ from flip_observability.ledger import (
     set_aside,
 )
 from flip_observability.lifecycle import Effects, Event, RunState, Scalar
+from flip_observability.log_ids import put_on_records, take_off_records
 from flip_observability.process import current_process
+from flip_observability.run_trace import RunTrace
 from flip_observability.settings import Settings
 from flip_observability.spool import Spool, take_spools
+from flip_observability.tracing import RunTags, Tracing, shared
 
 HEARTBEAT_SECONDS = 10.0
 SPOOL_SECONDS = 60.0
+SPANS_SECONDS = 1.0
+UNTRACED = "untraced"
+"""Who has claimed the root span of a run that was recorded where nothing is exported."""
 FORGET_SECONDS = 3_600.0
 REOPEN_SECONDS = 5.0
 MAX_BACKLOG = 10_000
@@ -64,6 +71,7 @@ class RunRecorder:
         transport: how the hub is reached; from the settings when None.
         tell_hub: False when somebody else delivers the statuses (a client object that the job brought).
         clock: epoch seconds.
+        tracing: where its spans go; the process's own when None.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class RunRecorder:
         transport: Transport | None = None,
         tell_hub: bool = True,
         clock: Callable[[], float] = time.time,
+        tracing: Tracing | None = None,
     ) -> None:
         self.identity = identity
         self.settings = settings
@@ -82,10 +91,14 @@ class RunRecorder:
         self.tell_hub = tell_hub
         self.contract = CONTRACTS[settings.hub_contract]
         self.finalised_elsewhere = False
-        self._transport = transport or transport_for(settings)
+        tracing = tracing or shared(settings)
+        self._transport = transport or transport_for(settings, tracing)
         # Wall time at the start, then the monotonic clock: a clock that is set in mid-run makes no negative durations.
         self._clock_offset = clock() - time.monotonic()
         self._state = RunState(identity.run_id)
+        tags = RunTags(identity.run_id, identity.job_id, identity.model_id, identity.net_id)
+        self.trace = RunTrace(tags, tracing, self.now)
+        put_on_records(self.trace.log_ids)
         self._lock = threading.Lock()
         self._backlog: deque[Entry] = deque()
         self._wake = threading.Condition()
@@ -131,6 +144,7 @@ class RunRecorder:
             event = Event(name, self.now(), attrs or {})
             effects = self._state.apply(event)
             entry = self._entry(event, effects, final_by)
+            self.trace.add(event, effects, self._state)
             if not self._write(entry):
                 self.finalised_elsewhere = True
                 effects.status = None
@@ -156,8 +170,12 @@ class RunRecorder:
         """Remember an upload in progress, so that a killed one can be aborted."""
         self.set_columns(upload_key=key, upload_id=upload_id or None)
 
+    def upload_context(self) -> AbstractContextManager[None]:
+        """In which the results are uploaded: calls of the bucket are spans below the upload's."""
+        return self.trace.within(self._state.upload_span_id)
+
     def finish(self, seconds: float) -> bool:
-        """Give the hub until the deadline to accept the final status.
+        """Give the hub until the deadline to accept the final status, then the collector the spans.
 
         What is not accepted by then stays in the ledger, or in the spool, for the observer.
 
@@ -165,6 +183,12 @@ class RunRecorder:
             Whether the hub has accepted it.
         """
         deadline = time.monotonic() + seconds
+        delivered = self._deliver_final(seconds, deadline)
+        self.trace.finish(self._claim_root, deadline)
+        self._record_errors()
+        return delivered
+
+    def _deliver_final(self, seconds: float, deadline: float) -> bool:
         with self._wake:
             self._wake.notify_all()
             if not self._wake.wait_for(lambda: not self._backlog, timeout=seconds / 2):
@@ -180,6 +204,7 @@ class RunRecorder:
 
     def close(self) -> None:
         """Stop the threads. What is in the outbox stays there."""
+        take_off_records(self.trace.log_ids)
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -202,12 +227,15 @@ class RunRecorder:
                     outbox.append(OutboxItem(model_id, "event", payload))
         if effects.final and outbox:
             self._final_uid = outbox[0].uid
+        columns = self._state.columns()
+        if effects.final and not self.trace.enabled:
+            columns["root_claimed"] = UNTRACED  # no observer that has somewhere to export to need look after it
         return Entry(
             run_id=self.identity.run_id,
             time=event.time,
             event=event,
             facts=tuple(effects.facts),
-            run=self._state.columns(),
+            run=columns,
             problems=effects.problems,
             final_status=effects.status.value if effects.final and effects.status else None,
             final_by=final_by if effects.final else None,
@@ -387,6 +415,26 @@ class RunRecorder:
             with self._lock:
                 self._write(Entry(self.identity.run_id, self.now(), event, facts))
 
+    def _claim_root(self) -> bool:
+        """Whether the run's root span is ours to export.
+
+        Raises:
+            LedgerError: it cannot be said now.
+        """
+        token = current_process().token()
+        with self._lock:
+            if self._fallback is not None:
+                return self._fallback.append(Entry(self.identity.run_id, self.now(), run={"root_claimed": token}))
+            # Who finalised the run knows its status better than what was folded here.
+            if self.finalised_elsewhere or self._ledger is None:
+                return False
+            return self._ledger.claim_root(self.identity.run_id, token)
+
+    def _note_spans(self, ledger: Ledger) -> None:
+        uid = self.trace.news()
+        if uid is not None:
+            ledger.append(Entry(self.identity.run_id, self.now(), run={"spans_accepted": uid}))
+
     def _active_dispatcher(self) -> Dispatcher | None:
         return self._fallback.dispatcher if self._fallback is not None else self._dispatcher
 
@@ -397,6 +445,7 @@ class RunRecorder:
 
 
 _CHORES = (
+    (SPANS_SECONDS, RunRecorder._note_spans),
     (HEARTBEAT_SECONDS, RunRecorder._beat),
     (SPOOL_SECONDS, RunRecorder._take_spools),
     (FORGET_SECONDS, RunRecorder._forget),

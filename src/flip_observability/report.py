@@ -26,7 +26,7 @@ OPEN, CUT_OFF, DONE, FAILED, LATE = "open", "cut off", "done", "failed", "late"
 FRUITLESS = frozenset({"rejected", "expired", "dropped"})
 """States of an outbox row that the hub never took, and that may be tried again."""
 
-_RUN_OVER = frozenset({FlareEvents.END_RUN.value, OwnEvents.FINAL_STATUS.value})
+_RUN_OVER = frozenset({FlareEvents.END_RUN.value, OwnEvents.FINAL_STATUS.value, OwnEvents.ORPHANED.value})
 _ROUND_OVER = frozenset({FlareEvents.ROUND_STARTED.value, FlareEvents.ROUND_DONE.value})
 
 

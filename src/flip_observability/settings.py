@@ -74,6 +74,12 @@ class Settings(BaseSettings):
         description="Seconds that END_RUN may take, after the upload, to deliver the final status.",
     )
 
+    capture_exception_messages: bool = Field(
+        False,
+        alias="FLIP_CAPTURE_EXCEPTION_MESSAGES",
+        description="Spans of failed calls of the hub and the bucket carry the exception's message and stack trace, "
+        "failed uploads its message. Messages can quote patients' data: leave it off unless yours do not.",
+    )
     metrics_recent_runs: Annotated[int, Field(ge=0, le=1_000)] = Field(
         50,
         alias="FLIP_METRICS_RECENT_RUNS",

@@ -257,7 +257,10 @@ class ServerEventHandler(UsesFlip, FLComponent):
             if "ResultsUploadError" not in kinds:
                 return UploadOutcome.FAILED
             reason = str(getattr(error, "reason", "other"))
-            recorder.record(OwnEvents.UPLOAD_FAILED, {"reason": reason, "exception_type": type(error).__name__})
+            attrs = {"reason": reason, "exception_type": type(error).__name__}
+            if recorder.settings.capture_exception_messages:
+                attrs["exception_message"] = recorder.trace.scrubbed(str(error))
+            recorder.record(OwnEvents.UPLOAD_FAILED, attrs)
             return UploadOutcome.UPLOAD_FAILED
         return UploadOutcome.UPLOADED
 
