@@ -531,8 +531,9 @@ _mute = _Mute()
 @contextmanager
 def _muted() -> Iterator[_Heard]:
     for name, logger in list(logging.root.manager.loggerDict.items()):
-        if name.partition(".")[0] in _NOISY and isinstance(logger, logging.Logger):
-            logger.addFilter(_mute)  # once: it is a set in all but name
+        if name.partition(".")[0] in _NOISY and isinstance(logger, logging.Logger) and _mute not in logger.filters:
+            # In front: the SDK's filter against repetitions must not take another's record for a repetition of ours.
+            logger.filters.insert(0, _mute)
     _heard.depth += 1
     _heard.kind = None
     try:
