@@ -15,12 +15,20 @@ from typing import Annotated, Any
 
 import typer
 
-from flip_observability.cli import adopt, demo, outbox, results, runs, serve
+from flip_observability.cli import adopt, demo, doctor, outbox, results, runs, serve
 from flip_observability.cli.common import DIRECTORY_VARIABLE, PROGRAM, CommandError, complain
 from flip_observability.ledger import LedgerError
 from flip_observability.settings import LEDGER_FOLDER, SettingsError
 
-COMMANDS: tuple[Callable[..., Any], ...] = (demo.demo, runs.runs, runs.show, serve.serve, adopt.install, adopt.adopt)
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    demo.demo,
+    runs.runs,
+    runs.show,
+    serve.serve,
+    doctor.doctor,
+    adopt.install,
+    adopt.adopt,
+)
 """Functions that are commands, in the order of the help."""
 GROUPS: Mapping[str, typer.Typer] = {"outbox": outbox.app, "results": results.app}
 """Groups of commands, a module each."""

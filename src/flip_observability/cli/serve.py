@@ -52,7 +52,9 @@ def serve(
         raise CommandError(str(error)) from None
     out = console()
     url = observer.exporter.url if observer.exporter is not None else ""
-    out.print(f"Serving {url}/metrics from the ledger in {directory} (net {settings.net_id}). Ctrl-C ends it.")
+    out.print(
+        f"Serving {url}/metrics from the ledger in {directory} (net {settings.net_id}). Ctrl-C ends it.", soft_wrap=True
+    )
     while not ended.wait(1.0):  # a bare wait would keep signals from being seen on some platforms
         pass
     observer.stop()
