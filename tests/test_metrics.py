@@ -166,6 +166,15 @@ def test_every_known_event_is_known() -> None:
     assert names - set(events.values) == {FlipEvents.LOG_EXCEPTION.lstrip("_")}, "which nobody fires"
 
 
+def test_every_part_that_can_fail_is_known() -> None:
+    """``increase()`` does not see the first error of a part whose series begins with it."""
+    [label] = next(metric for metric in CATALOGUE if metric.name == "flip_observability_errors_total").labels
+    source = Path(metrics.__file__).parent
+    found = {name for path in source.rglob("*.py") for name in re.findall(r'\breport\(\s*"(\w+)"', path.read_text())}
+    assert {"hub", "ledger", "metrics"} <= found
+    assert found <= set(label.values), "add them to COMPONENTS in _catalogue.py"
+
+
 def test_every_series_has_a_net_and_no_counter_has_a_run(server: FlipCollector) -> None:
     found = samples(server)
     assert {sample.labels["net_id"] for sample in found} == {"net-1"}
