@@ -335,13 +335,17 @@ def test_variables_offer_what_there_is(scene: Scene, name: str) -> None:
 
 
 @pytest.mark.nvflare_job
-def test_the_trace_panel_asks_for_the_runs_trace(scene: Scene) -> None:
+def test_the_trace_panel_asks_for_the_runs_trace(scene: Scene, demo_runs: DemoRuns) -> None:
     (panel,) = [panel for panel in load("flip-run.json")["panels"] if panel["type"] == "traces"]
     (target,) = panel["targets"]
     assert (target["queryType"], target["datasource"]["type"]) == ("traceql", "tempo")
-    for run in scene.runs.values():
+    (variable,) = [v for v in query_variables(load("flip-run.json")) if v["name"] == "trace"]
+    for run in demo_runs:
+        (trace,) = values_of(scene.prometheus, variable, {"net": NET, "run": run.run_id}, scene.end)
         # Tempo looks a trace up by its id when the query is nothing but hexadecimal digits.
-        assert re.fullmatch("[0-9a-f]{32}", substituted(target["query"], {"trace": run.replace("-", "")}))
+        query = substituted(target["query"], {"trace": trace})
+        assert re.fullmatch("[0-9a-f]{32}", query)
+        assert {span.trace_id for span in run.spans if span.name == "flip.run"} == {query}
 
 
 @pytest.mark.nvflare_job

@@ -23,6 +23,7 @@ from flip_observability.demo.job import ROUNDS, write_job
 from flip_observability.demo.scenarios import GLOBAL_ACCURACY, MODEL_FILE, SCENARIOS
 from flip_observability.demo.verdict import Evidence, judge
 from flip_observability.ledger import Ledger
+from otlp_sink import check_trace
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 
@@ -143,6 +144,15 @@ def test_the_ledger_after_each_scenario_holds_the_runs_up_to_it(demo_runs: DemoR
             row = ledger.run(run.run_id)
             assert row is not None
             assert row["final_status"] == str(SCENARIOS[run.scenario].final)
+
+
+@pytest.mark.nvflare_job
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_run_is_one_whole_trace(demo_runs: DemoRuns, scenario: str) -> None:
+    run = demo_runs[scenario]
+    assert check_trace(run.spans, run.run_id).name == "flip.run"
+    assert {run.protocol for run in demo_runs} == {"grpc", "http/protobuf"}
+    assert CANARY not in repr(run.spans)
 
 
 @pytest.mark.nvflare_job

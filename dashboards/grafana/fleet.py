@@ -218,7 +218,7 @@ def _counts() -> list[AnyPanel]:
     failed = f'flip_runs_finished_total{{{NET}, status=~"{FAILED}"}}'
     return [
         lines(
-            "Runs active",
+            "Runs active over time",
             "Runs in progress on each network.",
             Query(f"sum by (net_id) (flip_runs_active{{{NET}}})", legend="{{net_id}}"),
             unit="none",

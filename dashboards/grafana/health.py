@@ -134,7 +134,7 @@ def _exporter() -> list[AnyPanel]:
         ),
         rows(
             "Versions",
-            "What runs where.",
+            "Which versions of this package and of NVFLARE each observer runs.",
             Query(f"max by (net_id, instance, version, nvflare_version) (flip_build_info{{{NET}}})"),
             columns=[
                 Column("net_id", "Network"),
