@@ -185,9 +185,10 @@ def make_client() -> S3Client:
     client = boto3.session.Session().client("s3", config=config)
     client.meta.events.register("before-send.s3.UploadPart", _send_in_pieces)
     # Nothing of OpenTelemetry is imported for an upload that is not part of a traced run.
-    spans = sys.modules.get("flip_observability.client_spans")
-    if spans is not None and (active := spans.active()) is not None:
-        active.instrument_s3(client)
+    # Another thread may be importing it at this moment: what is missing then is no reason to lose an upload.
+    active = getattr(sys.modules.get("flip_observability.client_spans"), "active", None)
+    if active is not None and (spans := active()) is not None:
+        spans.instrument_s3(client)
     return client
 
 
