@@ -41,6 +41,7 @@ from flip_observability.lifecycle import Event
 from flip_observability.metrics import MetricsFold
 from flip_observability.observer import Observer
 from flip_observability.process import current_process
+from flip_observability.recorder import RunIdentity, RunRecorder
 from flip_observability.settings import Settings
 from flip_observability.spool import Spool
 from history import Run
@@ -563,3 +564,18 @@ def test_nothing_is_left_open(folder: Path) -> None:
         with observing(folder) as one:
             get(one)
     until(lambda: descriptors() <= before + 4, 10)
+
+
+def test_a_run_leaves_the_chores_to_an_observer_that_lives(folder: Path) -> None:
+    spooled = str(uuid.uuid4())
+    with Ledger(folder) as ledger:
+        ledger.claim_observer(f"{current_process().token()}|x", time.time())
+        (folder / "spool-1-x.jsonl").write_text(Entry(spooled, time.time(), run={"net_id": "spooled"}).to_json() + "\n")
+        for lives in (True, False):
+            recorder = RunRecorder(RunIdentity(str(uuid.uuid4())), settings(), folder)
+            try:
+                until(lambda recorder=recorder: all(recorder._due))  # type: ignore[misc]
+            finally:
+                recorder.close()
+            assert (ledger.run(spooled) is None) is lives
+            ledger.release_observer(f"{current_process().token()}|x")

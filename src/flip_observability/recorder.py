@@ -334,10 +334,14 @@ class RunRecorder:
         self._record_errors()
 
     def _take_spools(self, ledger: Ledger) -> None:
+        if ledger.live_observer(self.now()) is not None:
+            return  # it does so itself, and two would get into each other's way
         take_spools(ledger, self.directory, self.now())
         ledger.checkpoint()
 
     def _forget(self, ledger: Ledger) -> None:
+        if ledger.live_observer(self.now()) is not None:
+            return
         # Only what has been counted may go, and there need not be an observer that counts.
         try:
             MetricsFold(ledger).catch_up()
