@@ -11,7 +11,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -52,6 +52,8 @@ _REASONS = {
     "partial": "became unreadable while it was packed: only its beginning is in the archive",
     "shrank": "became shorter while it was packed: the archive holds what was left of it",
     "deep": f"lies more than {_MAX_DEPTH} folders deep and was left out",
+    "kit": "is a file of the server's kit and was left out",
+    "unsafe": "has a name that leads elsewhere and was left out",
     "renamed": "has a name that is not UTF-8: its odd bytes are written as %XX in the archive",
 }
 _BY_ERRNO = {errno.ENOENT: "vanished", errno.ELOOP: "link", errno.ENXIO: "special"}
@@ -127,13 +129,14 @@ def total_size(root: int) -> int:
     return sum(entry.info.st_size for entry in _entries(root, Notes()) if stat.S_ISREG(entry.info.st_mode))
 
 
-def pack(root: int, sink: Sink, notes: Notes) -> int:
+def pack(root: int, sink: Sink, notes: Notes, unwanted: Callable[[int, os.stat_result], bool] | None = None) -> int:
     """Write the archive of an open run directory.
 
     Args:
         root: from :func:`open_directory`.
         sink: gets the archive's bytes; what it raises leaves as it is.
         notes: told what was left out, and why.
+        unwanted: whether an open file, by its descriptor and status, is none of the results.
 
     Returns:
         The number of files in the archive; folders are not counted.
@@ -145,7 +148,7 @@ def pack(root: int, sink: Sink, notes: Notes) -> int:
             if stat.S_ISDIR(entry.info.st_mode):
                 _add_folder(archive, entry, notes)
             elif stat.S_ISREG(entry.info.st_mode):
-                files += _add_file(archive, entry, buffer, notes)
+                files += _add_file(archive, entry, buffer, notes, unwanted)
             else:
                 notes.add(_kind(entry.info), entry.name)
     return files
@@ -256,7 +259,13 @@ def _add_folder(archive: ZipFile, entry: Entry, notes: Notes) -> None:
         archive.writestr(member, b"")
 
 
-def _add_file(archive: ZipFile, entry: Entry, buffer: bytearray, notes: Notes) -> int:
+def _add_file(
+    archive: ZipFile,
+    entry: Entry,
+    buffer: bytearray,
+    notes: Notes,
+    unwanted: Callable[[int, os.stat_result], bool] | None,
+) -> int:
     try:
         descriptor = os.open(entry.base, _FILE_FLAGS, dir_fd=entry.folder)
     except OSError as error:
@@ -266,6 +275,9 @@ def _add_file(archive: ZipFile, entry: Entry, buffer: bytearray, notes: Notes) -
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             notes.add("special", entry.name)
+            return 0
+        if unwanted is not None and unwanted(descriptor, info):
+            notes.add("kit", entry.name)
             return 0
         return _copy(archive, replace(entry, info=info), descriptor, buffer, notes)
     finally:

@@ -13,7 +13,8 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -160,8 +161,24 @@ class Receipt:
     warnings: tuple[str, ...] = ()
 
 
+class Content(Protocol):
+    """Files that can be packed now."""
+
+    def total_size(self) -> int:
+        """Bytes of all of them."""
+
+    def pack(self, sink: _archive.Sink, notes: _archive.Notes) -> int:
+        """Write an archive of them and return how many there are in it; ``notes`` is told what is not."""
+
+
+class Source(Protocol):
+    """Where results come from, when it is not simply a run directory."""
+
+    def open(self) -> AbstractContextManager[Content]: ...
+
+
 def upload_results(
-    run_dir: Path,
+    source: Path | Source,
     destination: Destination,
     model_id: str,
     *,
@@ -171,12 +188,12 @@ def upload_results(
     on_progress: Callable[[int, int], None] | None = None,
     on_multipart: Callable[[str, str], None] | None = None,
 ) -> Receipt:
-    """Pack a run directory and put the archive at `[prefix/]<model_id>/<YYYYmmdd_HHMMSS><suffix>.zip`.
+    """Pack a run's results and put the archive at `[prefix/]<model_id>/<YYYYmmdd_HHMMSS><suffix>.zip`.
 
     It takes as long as the transfer, and ends by itself when the bucket does not answer. Call it where one may wait.
 
     Args:
-        run_dir: the run's directory; it may be written to meanwhile.
+        source: the run's directory, which may be written to meanwhile, or another source of what was in it.
         destination: bucket or folder.
         model_id: the model's UUID.
         suffix: behind the time in the name, like `-salvaged`.
@@ -196,9 +213,8 @@ def upload_results(
     notes = _archive.Notes()
     try:
         key = _key(destination, model_id, suffix, timestamp)
-        with _archive.open_directory(run_dir) as root:
-            _refuse_inside(run_dir, destination)
-            total = _archive.total_size(root)
+        with _opened(source, destination) as content:
+            total = content.total_size()
             report = _Quiet("on_progress", on_progress)
             tell = _Quiet("on_multipart", on_multipart)
             report(0, total)
@@ -210,7 +226,7 @@ def upload_results(
                 on_upload_id=lambda upload_id: tell(key, upload_id),
                 on_sent=lambda sent: report(sent, total),
             )
-            files, stored = _fill(root, sink, notes)
+            files, stored = _fill(content, sink, notes)
     except ResultsUploadError:
         raise
     except Exception as error:
@@ -318,9 +334,39 @@ def _open_sink(
     )
 
 
-def _fill(root: int, sink: _Sink, notes: _archive.Notes) -> tuple[int, _Stored]:
+@dataclass(frozen=True)
+class DirectoryContent:
+    """What an open run directory holds.
+
+    Args:
+        root: its descriptor.
+        unwanted: whether a file, from its descriptor and status, is to be left out.
+    """
+
+    root: int
+    unwanted: Callable[[int, os.stat_result], bool] | None = None
+
+    def total_size(self) -> int:
+        return _archive.total_size(self.root)
+
+    def pack(self, sink: _archive.Sink, notes: _archive.Notes) -> int:
+        return _archive.pack(self.root, sink, notes, self.unwanted)
+
+
+@contextmanager
+def _opened(source: Path | Source, destination: Destination) -> Iterator[Content]:
+    if not isinstance(source, Path):
+        with source.open() as content:
+            yield content
+        return
+    with _archive.open_directory(source) as root:
+        _refuse_inside(source, destination)
+        yield DirectoryContent(root)
+
+
+def _fill(content: Content, sink: _Sink, notes: _archive.Notes) -> tuple[int, _Stored]:
     try:
-        files = _archive.pack(root, sink, notes)
+        files = content.pack(sink, notes)
         return files, sink.finish()
     except BaseException:
         sink.abandon()

@@ -1,0 +1,251 @@
+"""Results of a run that nobody finished: from its directory, or from the archive that the server made of it.
+
+They get the layout that :mod:`flip_observability.results` gives them, under a name that ends in ``-salvaged.zip``. An
+archive is read member by member straight into the upload: nothing of it is unpacked, and what a hostile run may have
+put into it stays where it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+
+from flip_observability import _archive
+from flip_observability.results import Content, Destination, DirectoryContent, Receipt, upload_results
+
+SUFFIX = "-salvaged"
+KIT_FOLDERS = ("startup", "local")
+"""Folders of a server's workspace that hold keys and settings."""
+MAX_KIT_BYTES = 16 * 1024 * 1024
+"""A larger file of the kit is no key."""
+MAX_MEMBERS = 1_000_000
+MAX_RATIO = 20
+RATIO_ALLOWANCE = 64 * 1024 * 1024
+"""NVFLARE stores without compressing; an archive that claims to hold far more than its size is a bomb."""
+_SNIFFED_BYTES = 4096
+_UNREADABLE = (BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
+"""What ``zipfile`` raises for a member that is damaged, encrypted, or packed in a way it does not know."""
+
+
+class Kit:
+    """What must not end up in a researcher's download: the contents of a server's ``startup/`` and ``local/``.
+
+    Args:
+        workspace: the server's workspace. Files that cannot be read are not known; neither are empty ones.
+    """
+
+    def __init__(self, workspace: Path) -> None:
+        self._digests: dict[int, set[bytes]] = {}
+        for folder in KIT_FOLDERS:
+            for path in sorted((workspace / folder).rglob("*")):
+                self._learn(path)
+
+    def holds(self, size: int, chunks: Callable[[], Iterator[bytes]]) -> bool:
+        """Whether a file of the kit has this content. ``chunks`` is asked for only when the size fits."""
+        known = self._digests.get(size)
+        if not known:
+            return False
+        digest = hashlib.sha256()
+        for chunk in chunks():
+            digest.update(chunk)
+        return digest.digest() in known
+
+    def is_file(self, descriptor: int, info: os.stat_result) -> bool:
+        """Whether an open file is one of the kit. Where the descriptor is read from stays as it is."""
+        try:
+            return self.holds(info.st_size, lambda: _chunks_of(descriptor))
+        except OSError:
+            return False  # whoever packs it will find that it cannot be read
+
+    def _learn(self, path: Path) -> None:
+        try:
+            size = path.stat().st_size
+            if path.is_file() and 0 < size <= MAX_KIT_BYTES:
+                self._digests.setdefault(size, set()).add(hashlib.sha256(path.read_bytes()).digest())
+        except OSError:
+            return
+
+
+def _chunks_of(descriptor: int) -> Iterator[bytes]:
+    offset = 0
+    while chunk := os.pread(descriptor, _archive.CHUNK_BYTES, offset):
+        offset += len(chunk)
+        yield chunk
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of a run whose process is gone.
+
+    Args:
+        path: the directory.
+        kit: what is left out.
+    """
+
+    path: Path
+    kit: Kit
+
+    @contextmanager
+    def open(self) -> Iterator[Content]:
+        with _archive.open_directory(self.path) as root:
+            yield DirectoryContent(root, self.kit.is_file)
+
+
+@dataclass(frozen=True)
+class StoredArchive:
+    """The zip of a run directory, as NVFLARE's job store has it.
+
+    Args:
+        path: the zip.
+        kit: what is left out.
+    """
+
+    path: Path
+    kit: Kit
+
+    @contextmanager
+    def open(self) -> Iterator[Content]:
+        try:
+            with self.path.open("rb") as file, ZipFile(file) as archive:
+                members = _members(archive)
+                _refuse_bomb(members, os.fstat(file.fileno()).st_size)
+                yield _ArchiveContent(archive, members, self.kit)
+        except BadZipFile as error:
+            raise _archive.SourceError(type(error).__name__) from error
+
+
+def salvage(
+    source: RunDirectory | StoredArchive,
+    destination: Destination,
+    model_id: str,
+    *,
+    on_multipart: Callable[[str, str], None] | None = None,
+) -> Receipt:
+    """Upload what is left of a run, verified. It takes as long as the transfer.
+
+    Args:
+        source: where it is.
+        destination: bucket or folder.
+        model_id: the model's UUID.
+        on_multipart: as for :func:`~flip_observability.results.upload_results`.
+
+    Raises:
+        ResultsUploadError: whatever went wrong; the source is as it was.
+    """
+    return upload_results(source, destination, model_id, suffix=SUFFIX, on_multipart=on_multipart)
+
+
+# -- an archive as the source ------------------------------------------------------------------------------------------
+
+
+def _members(archive: ZipFile) -> dict[str, ZipInfo]:
+    """The members by name; of several with one name the first, which is the run directory's."""
+    members: dict[str, ZipInfo] = {}
+    for info in archive.infolist():
+        members.setdefault(info.filename, info)
+    return members
+
+
+def _refuse_bomb(members: dict[str, ZipInfo], size: int) -> None:
+    claimed = sum(info.file_size for info in members.values())
+    if len(members) > MAX_MEMBERS or claimed > MAX_RATIO * size + RATIO_ALLOWANCE:
+        raise _archive.SourceError("TooLarge")
+
+
+@dataclass(frozen=True)
+class _ArchiveContent:
+    archive: ZipFile
+    members: dict[str, ZipInfo]
+    kit: Kit
+
+    def total_size(self) -> int:
+        return sum(info.file_size for _, info in self._chosen(_archive.Notes()))
+
+    def pack(self, sink: _archive.Sink, notes: _archive.Notes) -> int:
+        files = 0
+        with ZipFile(cast("IO[bytes]", sink), "w") as target:
+            for name, info in self._chosen(notes):
+                if name.endswith("/"):
+                    target.writestr(_new_member(name, info), b"")
+                else:
+                    files += self._copy(target, name, info, notes)
+        return files
+
+    def _chosen(self, notes: _archive.Notes) -> Iterator[tuple[str, ZipInfo]]:
+        """Members under the names that they get: first what is lifted to the top, then what is not left out."""
+        lifted = set()
+        for base, folders in _archive.LIFTED.items():
+            found = next((f"{folder}/{base}" for folder in folders if f"{folder}/{base}" in self.members), None)
+            if found is not None and _is_acceptable(self.members[found], notes):
+                lifted.add(base)
+                yield base, self.members[found]
+        for name, info in self.members.items():
+            if name not in lifted and not _is_left_out(name) and _is_acceptable(info, notes):
+                yield name, info
+
+    def _copy(self, target: ZipFile, name: str, info: ZipInfo, notes: _archive.Notes) -> int:
+        try:
+            if self.kit.holds(info.file_size, lambda: self._chunks(info)):
+                notes.add("kit", name)
+                return 0
+            chunks = self._chunks(info)
+            first = next(chunks, b"")
+        except _UNREADABLE:
+            notes.add("unreadable", name)
+            return 0
+        member = _new_member(name, info)
+        if PurePosixPath(name).suffix.lower() not in _archive.INCOMPRESSIBLE and 0 not in first[:_SNIFFED_BYTES]:
+            member.compress_type = ZIP_DEFLATED
+        with target.open(member, "w") as file:
+            file.write(first)
+            while chunk := self._next(chunks, name, notes):
+                file.write(chunk)
+        return 1
+
+    @staticmethod
+    def _next(chunks: Iterator[bytes], name: str, notes: _archive.Notes) -> bytes:
+        """The next piece; what the sink raises is not to be taken for a damaged member."""
+        try:
+            return next(chunks, b"")
+        except _UNREADABLE:
+            notes.add("partial", name)
+            return b""
+
+    def _chunks(self, info: ZipInfo) -> Iterator[bytes]:
+        with self.archive.open(info) as file:
+            while chunk := file.read(_archive.CHUNK_BYTES):
+                yield chunk
+
+
+def _is_left_out(name: str) -> bool:
+    return any(name.rstrip("/") == folder or name.startswith(f"{folder}/") for folder in _archive.LEFT_OUT)
+
+
+def _is_acceptable(info: ZipInfo, notes: _archive.Notes) -> bool:
+    name = info.filename
+    steps = name.removesuffix("/").split("/")
+    if "\\" in name or not name.removesuffix("/").isprintable() or any(step in {"", ".", ".."} for step in steps):
+        notes.add("unsafe", name)
+        return False
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
+        notes.add("link" if kind == stat.S_IFLNK else "special", name)
+        return False
+    return True
+
+
+def _new_member(name: str, info: ZipInfo) -> ZipInfo:
+    member = ZipInfo(name, info.date_time)
+    member.compress_type = ZIP_STORED
+    member.file_size = 0 if name.endswith("/") else info.file_size  # decides whether the member needs zip64
+    kind = stat.S_IFDIR if name.endswith("/") else stat.S_IFREG
+    member.external_attr = (kind | ((info.external_attr >> 16) & 0o777 or 0o600)) << 16
+    return member
