@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from grafana_queries import (
     values_of,
 )
 from history import Run
-from prometheus_tools import Prometheus, free_port, wait_for
+from prometheus_tools import Prometheus, free_port, static_page, wait_for
 
 ROOT = Path(__file__).parent.parent / "dashboards"
 RULES = ROOT / "prometheus" / "flip-alerts.yml"
@@ -221,9 +222,9 @@ def scene(demo_runs: DemoRuns, tmp_path_factory: pytest.TempPathFactory) -> Iter
     port = free_port()
     with contextlib.ExitStack() as stack:
         targets: dict[str, dict[str, str]] = {f"127.0.0.1:{port}": {}}
-        own = start_collector(stack)
-        if own is not None:
-            targets[f"127.0.0.1:{own.metrics_port}"] = {"service": "otel-collector"}
+        page = collectors_page()
+        if page is not None:
+            targets[stack.enter_context(static_page(lambda: page))] = {"service": "otel-collector"}
         prometheus = stack.enter_context(Prometheus(targets, rules=[RULES]))
         # A server on which nothing has happened yet; then the same after the demo's scenarios.
         with observing(settings, folder / "new", port):
@@ -234,18 +235,22 @@ def scene(demo_runs: DemoRuns, tmp_path_factory: pytest.TempPathFactory) -> Iter
         wait_for(lambda: prometheus.alerts("FlipRunFailed"), 30, "the alert for the failed runs")
         prometheus.wait_for_scrape()
         runs = {run.scenario: run.run_id for run in demo_runs} | {"live": live}
-        yield Scene(prometheus, runs, own is not None, time.time())
+        yield Scene(prometheus, runs, page is not None, time.time())
 
 
-def start_collector(stack: contextlib.ExitStack) -> otel_collector.Collector | None:
+def collectors_page() -> str | None:
+    """What a real collector says of itself after some spans; None when there is none on this machine."""
     try:
-        store = stack.enter_context(otel_collector.TraceStore())
-        collector = stack.enter_context(otel_collector.Collector(trace_store=store.address))
+        with (
+            otel_collector.TraceStore() as store,
+            otel_collector.Collector(trace_store=store.address) as collector,
+        ):
+            send_spans(collector)
+            otel_collector.wait_for_spans(store, 3)
+            with urllib.request.urlopen(f"http://127.0.0.1:{collector.metrics_port}/metrics", timeout=10) as page:
+                return str(page.read().decode())
     except pytest.skip.Exception:
         return None
-    send_spans(collector)
-    otel_collector.wait_for_spans(store, 3)
-    return collector
 
 
 def send_spans(collector: otel_collector.Collector) -> None:
