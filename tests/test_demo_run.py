@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from demo_runs import CANARY, DemoRun, DemoRuns
+from demo_runs import CANARY, DemoRun, DemoRuns, _forget, _has_lost_a_site, copy_ledger
 from flip_observability.demo import runner
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
@@ -23,6 +23,7 @@ from flip_observability.demo.job import ROUNDS, write_job
 from flip_observability.demo.scenarios import GLOBAL_ACCURACY, MODEL_FILE, SCENARIOS
 from flip_observability.demo.verdict import Evidence, judge
 from flip_observability.ledger import Ledger
+from history import Run
 from otlp_sink import check_trace
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -276,3 +277,22 @@ def test_the_job_is_what_a_flip_server_would_be_given(tmp_path: Path) -> None:
     assert "mishap" in ids
     plain = write_job(tmp_path / "plain", MODEL, SCENARIOS["success"])
     assert "mishap" not in (plain / "app/config/config_fed_server.json").read_text()
+
+
+def test_a_scenario_that_lost_a_site_leaves_nothing_behind(tmp_path: Path) -> None:
+    log = tmp_path / "fatal" / "job.log"
+    assert not _has_lost_a_site(log)
+    log.parent.mkdir()
+    log.write_text("INFO - Simulate Run client: site-2\n")
+    assert not _has_lost_a_site(log)
+    log.write_text("SimulatorClientRunner - ERROR - Communication error with client site-2: Connection reset by peer\n")
+    assert _has_lost_a_site(log)
+    with Ledger(tmp_path / "ledger") as ledger:
+        Run(ledger)
+    before = copy_ledger(tmp_path / "ledger", tmp_path / "after" / "success")
+    with Ledger(tmp_path / "ledger") as ledger:
+        Run(ledger)
+    _forget(tmp_path, "fatal", before)
+    assert not log.parent.exists()
+    with Ledger(tmp_path / "ledger", read_only=True) as ledger:
+        assert len(ledger.runs()) == 1
