@@ -54,8 +54,9 @@ fmt: $(STAMP) ## format and mend what can be mended
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 
-dashboards: $(STAMP) ## write the Grafana dashboards' JSON from their source
+dashboards: $(STAMP) ## write the Grafana dashboards' JSON and the alert rules from their source
 	"$(BIN)/python" -m dashboards.grafana
+	"$(BIN)/python" -m dashboards.prometheus.alerts
 
 picture: $(STAMP) ## have a real run and draw its dashboard: docs/dashboard.svg (needs Prometheus)
 	PYTHONPATH=.:tests "$(BIN)/python" -m dashboards.picture

@@ -51,7 +51,7 @@ def play(
 
 
 def test_the_rule_file_is_what_the_table_says() -> None:
-    assert alerts.RULES.read_text() == alerts.render(), "run python -m dashboards.prometheus.alerts"
+    assert alerts.RULES.read_text() == alerts.render(), "run make dashboards"
 
 
 def test_every_alert_of_the_catalogue_is_there() -> None:
@@ -492,6 +492,7 @@ def exporter(ledger: Path, port: int) -> Iterator[None]:
             process.wait(30)
 
 
+@pytest.mark.nvflare_job
 def test_a_failed_run_pages_once_and_an_aborted_one_never(demo_runs: DemoRuns, tmp_path: Path) -> None:
     ledger, port = tmp_path / "ledger", free_port()
     fatal, aborted, lost = demo_runs["fatal"], demo_runs["abort"], demo_runs["upload-failure"]
