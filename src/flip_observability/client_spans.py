@@ -191,12 +191,15 @@ class ClientSpans:
 
     def instrument_s3(self, client: Any) -> None:
         """Make spans of this client's calls, and of no other's."""
-        import wrapt
+        try:
+            import wrapt
 
-        with _patching:
-            if self._botocore is None:
-                self._botocore = _instrumented_botocore(self._provider)
-        wrapt.wrap_function_wrapper(client, "_make_api_call", self._botocore._patched_api_call)
+            with _patching:
+                if self._botocore is None:
+                    self._botocore = _instrumented_botocore(self._provider)
+            wrapt.wrap_function_wrapper(client, "_make_api_call", self._botocore._patched_api_call)
+        except Exception as error:  # noqa: BLE001 - an upload without spans is better than none
+            report("tracing", error, "calls of the bucket cannot be made spans")
 
 
 class _Listener(SpanProcessor):

@@ -40,7 +40,7 @@ from flip_observability.ledger import Ledger, OutboxRow
 from flip_observability.lifecycle import Fact
 from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.settings import Settings
-from flip_observability.tracing import Tracing, shared
+from flip_observability.tracing import Tracing, has_trace, shared
 from flip_observability.utils import canonical_uuid
 
 if TYPE_CHECKING:
@@ -371,7 +371,7 @@ class HubTransport:
             data = None if body is None else json.dumps(body, allow_nan=False).encode()
         except Exception as error:  # noqa: BLE001 - whatever a row holds, it must not stop the others
             return Reply(error=type(error).__name__, unsendable=True)
-        spans = self._tracing.client_spans if row.run_id is not None else None
+        spans = self._tracing.client_spans if has_trace(row.run_id) else None
         deadline = _Deadline(min(self._total, TOTAL_SECONDS))
         try:
             with deadline, _as_spans(spans, row):

@@ -14,7 +14,7 @@ from flip_observability.errors import report
 from flip_observability.ledger import Entry, Ledger, LedgerBusyError, LedgerError
 from flip_observability.lifecycle import RUN, Effects, Event, RunState, Span
 from flip_observability.process import ProcessIdentity, current_process
-from flip_observability.tracing import MAX_BATCH, RunTags, Tracing, scrub, trace_id_of
+from flip_observability.tracing import MAX_BATCH, RunTags, Tracing, has_trace, scrub, trace_id_of
 
 IDLE_SECONDS = 0.5
 """How long the root waits for calls that are under way, so that they lie within it."""
@@ -44,7 +44,8 @@ class RunTrace:
         self._accepted: str | None = None
         self._noted: str | None = None
         self._hole = False
-        self._trace_id = f"{trace_id_of(tags.run_id):032x}"
+        self._traceable = has_trace(tags.run_id)
+        self._trace_id = f"{trace_id_of(tags.run_id):032x}" if self._traceable else ""
         self._log_ids: tuple[str, str] | None = None
         if tracing.enabled:
             tracing.clock = clock
@@ -52,13 +53,13 @@ class RunTrace:
     @property
     def enabled(self) -> bool:
         """Whether spans of this run are exported."""
-        return self._tracing.enabled
+        return self._traceable and self._tracing.enabled
 
     def add(self, event: Event, effects: Effects, state: RunState) -> None:
         """Export what an event finished; the root waits for :meth:`finish`. Call it in the order of the events."""
         current = state.current_span_id
-        self._log_ids = None if current is None else (self._trace_id, f"{current:016x}")
-        if not effects.spans or not self._tracing.enabled:
+        self._log_ids = (self._trace_id, f"{current:016x}") if current is not None and self._traceable else None
+        if not effects.spans or not self.enabled:
             return
         spans = [span for span in effects.spans if span.name != RUN]
         if len(spans) < len(effects.spans):
@@ -84,7 +85,7 @@ class RunTrace:
     @contextmanager
     def within(self, parent_id: int | None) -> Iterator[None]:
         """Our calls in here are spans below the given one, or below the root."""
-        spans = self._tracing.client_spans
+        spans = self._tracing.client_spans if self._traceable else None
         if spans is None:
             yield
             return
@@ -98,7 +99,7 @@ class RunTrace:
             claim: whether it is ours to export; asked again, until the deadline, while the ledger is busy.
             deadline: of the monotonic clock.
         """
-        if not self._tracing.enabled:
+        if not self.enabled:
             return
         if self._root is not None:
             self._wait_for_calls(deadline)
@@ -180,7 +181,12 @@ def complete_trace(ledger: Ledger, run_id: str, tracing: Tracing) -> bool:
         Whether they were exported. False when somebody else does, nothing is exported, or the collector refused.
     """
     run = ledger.run(run_id)
-    if run is None or not tracing.enabled or not ledger.claim_root(run_id, current_process().token()):
+    if (
+        run is None
+        or not has_trace(run_id)
+        or not tracing.enabled
+        or not ledger.claim_root(run_id, current_process().token())
+    ):
         return False
     try:
         done = _export_rest(ledger, run, tracing)

@@ -84,6 +84,14 @@ def trace_id_of(run_id: str) -> int:
     return uuid.UUID(run_id).int
 
 
+def has_trace(run_id: str | None) -> bool:
+    """Whether there can be a trace of that id; nothing of ours may fail because there cannot."""
+    try:
+        return run_id is not None and trace_id_of(run_id) != 0
+    except ValueError:
+        return False
+
+
 def root_span_id(run_id: str) -> int:
     """The id of a run's ``flip.run``: known before that span is exported, and in every process."""
     return derive_span_id(run_id, RUN)

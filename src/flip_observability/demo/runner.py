@@ -26,12 +26,15 @@ from flip_observability.demo.view import Glance, LedgerReader, Summary, View, is
 from flip_observability.hub import Dispatcher, HubTransport
 from flip_observability.ledger import Ledger, LedgerError
 from flip_observability.settings import Settings
+from flip_observability.tracing import shared
 
 DEFAULT_FOLDER = Path("demo-run")
 JOB_SECONDS = 240.0
 """After this the job's process is killed: the simulator must not hold the demo for ever."""
 DELIVERY_SECONDS = 60.0
 """For what is still in the outbox when the job's process has ended."""
+FLUSH_SECONDS = 5.0
+"""For the spans of those deliveries, where a collector is configured."""
 _LOOK_SECONDS = 0.25
 _PACKAGES = {"moto": "moto[server]", "flask": "moto[server]", "numpy": "numpy", "sklearn": "scikit-learn"}
 _FORGET = ("AWS_", "FLIP_HUB", "FLIP_API", "INTERNAL_SERVICE_KEY", "UPLOADED_FEDERATED")
@@ -244,6 +247,7 @@ def _deliver_the_rest(demo: _Demo, view: View, reader: LedgerReader) -> None:
             if _waiting(ledger, demo):
                 time.sleep(_LOOK_SECONDS)
         transport.close()
+        shared(settings).flush(FLUSH_SECONDS)
     _look(demo, view, reader)
 
 
