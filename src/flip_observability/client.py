@@ -278,11 +278,21 @@ class FLIP:
             report("client", error, f"a {kind} of model {model_id} could not be kept for the hub")
 
     def _destination(self, sink: StatusSink) -> Destination:
-        configured = Destination.parse(self.settings.bucket)
-        if not self.settings.local_dev or configured.scheme == "file":
-            return configured
         folder = getattr(sink, "directory", None) or self.settings.directory or Path(LEDGER_FOLDER)
-        return Destination("file", directory=Path(folder).absolute() / "results")
+        return results_destination(self.settings, Path(folder))
+
+
+def results_destination(settings: Settings, folder: Path) -> Destination:
+    """Where results go: what the settings say or, with ``LOCAL_DEV`` and no folder there, beside the ledger.
+
+    Args:
+        settings: of this server.
+        folder: the ledger's.
+    """
+    configured = Destination.parse(settings.bucket)
+    if not settings.local_dev or configured.scheme == "file":
+        return configured
+    return Destination("file", directory=folder.absolute() / "results")
 
 
 class Outbox:
