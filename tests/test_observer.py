@@ -61,6 +61,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observer, "STANDBY_SECONDS", 0.1)
     monkeypatch.setattr(observer, "FOLD_SECONDS", 0.05)
     monkeypatch.setattr(observer, "FIRST_BACKOFF", 0.05)
+    monkeypatch.setattr(observer, "UPKEEP_SECONDS", 0.2)
+    monkeypatch.setattr(observer, "DISPATCHER_SECONDS", 0.2)
     errors.drain()
 
 
@@ -178,6 +180,9 @@ def test_own_errors_are_counted_in_the_ledger(folder: Path) -> None:
         errors.report("results", "Something", "a test")
         errors.report("results", "Something", "a test")
         until(lambda: value(one, "flip_observability_errors_total", component="results") == 2)
+        errors.report("salvage", "Something", "a test")
+        until(lambda: value(one, "flip_observability_errors_total", component="salvage") == 1)
+        assert value(one, "flip_observability_errors_total", component="results") == 2
 
 
 def test_errors_that_could_not_be_written_are_not_forgotten(folder: Path) -> None:
@@ -312,6 +317,10 @@ def test_harm_to_the_ledger_is_survived(folder: Path, harm: Callable[[Path], Non
         until(lambda: value(one, "flip_runs_finished_total", status="ERROR") == 1)
         until(lambda: value(one, "flip_ledger_writable") == 1)
         assert get(one, "/readyz") == (200, "ready\n")
+        with Ledger(folder, read_only=True) as ledger:  # it is the new file that it holds and looks after
+            until(lambda: ledger.live_observer(time.time()) == one.token)
+            ledger_of = {loop.name: loop._connection for loop in (one._keeper, *one._loops)}
+            until(lambda: not any(connection.is_stale() for connection in ledger_of.values()))
 
 
 def _a_run_fails(folder: Path) -> bool:
