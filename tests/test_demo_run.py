@@ -235,6 +235,7 @@ def test_run_demo_returns_1_when_the_records_were_tampered_with(
     monkeypatch.setattr(
         EmbeddedHub, "records", property(lambda hub: [r for r in hub._records if r.status != "STOPPED"])
     )
+    monkeypatch.setattr(runner, "DELIVERY_SECONDS", 2.0)  # for a status that it will never see
     out = io.StringIO()
     code = runner.run_demo(
         "abort",
