@@ -35,6 +35,8 @@ FL_THREAD_BUSY_MS = 50
 BUSY_MS = 5_000
 OBSERVER_SECONDS = 30.0
 """An observer that cannot be seen from here lives as long as its heartbeat is not older than this."""
+JUDGE = "|judge"
+"""The end of the token of an observer that the server's parent process tells how jobs end."""
 BATCH = 1_000
 """Rows deleted in one transaction, so that retention never holds the writers up."""
 
@@ -691,6 +693,15 @@ class Ledger:
         found = self.observer_heartbeat()
         return found[0] if found is not None and _lives(found, now) else None
 
+    def live_judge(self, now: float) -> str | None:
+        """The token of a live observer that is told by the server's parent process how jobs end; None without one.
+
+        Args:
+            now: epoch seconds.
+        """
+        token = self.live_observer(now)
+        return token if token is not None and token.endswith(JUDGE) else None
+
     def claim_observer(self, owner_token: str, now: float) -> bool:
         """Take this ledger, or say that one still has it: the lock and the heartbeat of an observer in one write.
 
@@ -775,6 +786,20 @@ class Ledger:
         """Runs without a final status, the most recently active first."""
         sql = "SELECT * FROM runs WHERE final_status IS NULL ORDER BY coalesce(last_event, created) DESC LIMIT ?"
         return [_run(row) for row in self._rows(sql, (limit,))]
+
+    def runs_with_intent(self, intent: str, limit: int = 1_000) -> list[dict[str, Any]]:
+        """Runs that have a final status and something left to be done, oldest first."""
+        sql = "SELECT * FROM runs WHERE intent = ? AND final_status IS NOT NULL ORDER BY created LIMIT ?"
+        return [_run(row) for row in self._rows(sql, (intent, limit))]
+
+    def forget_run(self, run_id: str) -> bool:
+        """Take a registration back: a run of which nothing was recorded. Returns whether there was one."""
+        with self._transaction() as db:
+            sql = (
+                "DELETE FROM runs WHERE run_id = ?1 AND final_status IS NULL AND boot_id IS NULL "
+                "AND NOT EXISTS (SELECT 1 FROM events WHERE run_id = ?1)"
+            )
+            return db.execute(sql, (run_id,)).rowcount == 1
 
     def count_active_runs(self) -> int:
         """How many runs have begun and have no final status."""

@@ -19,7 +19,7 @@ from flip_observability.constants import OwnEvents
 from flip_observability.errors import drain, report
 from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT, TLS, Exporter, ExporterError, NotReadyError
 from flip_observability.hub import Dispatcher, HubTransport, Transport, transport_for
-from flip_observability.ledger import Entry, Ledger, LedgerBusyError, LedgerCorruptError, LedgerError, set_aside
+from flip_observability.ledger import JUDGE, Entry, Ledger, LedgerBusyError, LedgerCorruptError, LedgerError, set_aside
 from flip_observability.lifecycle import Event
 from flip_observability.metrics import FlipCollector, MetricsFold, render
 from flip_observability.process import ProcessIdentity, current_process
@@ -45,9 +45,12 @@ MAX_BACKOFF = 30.0
 
 
 class Sweeper(Protocol):
-    """The sentinel, as the observer sees it: ``sweep`` looks for runs that ended without a final status."""
+    """The sentinel, as the observer sees it: ``sweep`` looks for runs that ended without a final status.
 
-    def sweep(self) -> None: ...
+    It may return the seconds after which it wants to look again.
+    """
+
+    def sweep(self) -> float | None: ...
 
 
 class Observer:
@@ -58,7 +61,8 @@ class Observer:
         directory: the ledger's folder.
         host, port, tls: of the endpoint, as for :class:`~flip_observability.exporter.Exporter`.
         serve: False for one without an endpoint.
-        sentinel: swept at once, every minute, and after ``nudge("sentinel")``, on a thread of its own.
+        sentinel: swept at once, every minute or as it says, and after ``nudge("sentinel")``, on a thread of its own.
+        judge: whether the server's parent process tells the sentinel how jobs end.
         transport: how the hub is reached; from the settings when None.
         insist: whether :meth:`start` raises when the endpoint cannot be had. Otherwise that is logged and tried again.
     """
@@ -73,11 +77,12 @@ class Observer:
         tls: TLS | None = None,
         serve: bool = True,
         sentinel: Sweeper | None = None,
+        judge: bool = False,
         transport: Transport | None = None,
         insist: bool = False,
     ) -> None:
         self.settings, self.directory = settings, directory
-        self.token = f"{current_process().token()}|{uuid.uuid4().hex[:12]}"
+        self.token = f"{current_process().token()}|{uuid.uuid4().hex[:12]}{JUDGE if judge else ''}"
         self._sentinel, self._transport, self._insist = sentinel, transport, insist
         self.exporter: Exporter | None = None
         if serve:
@@ -457,9 +462,8 @@ class _Sentinel:
         self._sentinel = observer._sentinel
 
     def step(self) -> float:
-        if self._sentinel is not None:
-            self._sentinel.sweep()
-        return SWEEP_SECONDS
+        wanted = self._sentinel.sweep() if self._sentinel is not None else None
+        return SWEEP_SECONDS if wanted is None else min(wanted, SWEEP_SECONDS)
 
     def finish(self) -> None:
         """What is left to sweep is left to the next observer."""
