@@ -433,6 +433,7 @@ def test_a_run_is_one_trace_with_the_hubs_calls_in_it(
         root = check_trace(sink.spans, run_id)
         assert root.attributes["flip.status"] == "RESULTS_UPLOADED"
         calls = [item for item in sink.spans if item.kind == CLIENT]
+        assert max(call.end for call in calls) <= root.end  # the final status was delivered within the run
         told = [record for record in hub.records if record.kind == "status"]
         assert calls
         assert len(calls) == len(told)
@@ -484,6 +485,40 @@ def test_an_end_without_a_final_status_leaves_the_root_to_the_observer(
             assert complete_traces(ledger, made, is_gone=lambda _: True) == 1
             assert complete_traces(ledger, made, is_gone=lambda _: True) == 0
         assert check_trace(sink.spans, run_id).attributes["flip.status"] == "STOPPED"
+
+
+def test_what_follows_a_refused_batch_is_not_taken_for_complete(make: Callable[..., Tracing], tmp_path: Path) -> None:
+    with EmbeddedHub() as hub, OtlpSink() as sink:
+        made = make(sink.environment)
+        recorder = start(hub, tmp_path, made)
+        recorder.record(FlareEvents.START_RUN)
+        recorder.record(FlipEvents.TRAINING_INITIATED)
+        assert made.flush(20)
+        before = recorder.trace._accepted
+        assert before is not None
+        sink.fault = "bad"
+        recorder.record(FlareEvents.INITIAL_MODEL_LOADED)
+        assert made.flush(20)
+        sink.fault = ""
+        recorder.record(FlipEvents.TASK_INITIATED)
+        assert made.flush(20)
+        assert recorder.trace._accepted == before
+        recorder._note_spans(recorder._ledger)  # type: ignore[arg-type]  # what the writer does every second
+        recorder.close()
+        run_id = recorder.identity.run_id
+        with Ledger(tmp_path) as ledger:
+            final = Event(OwnEvents.FINAL_STATUS.value, time.time(), {"status": "ERROR"})
+            ledger.append(Entry(run_id, final.time, final, final_status="ERROR", final_by="sentinel"))
+            assert complete_trace(ledger, run_id, made)
+        names = [item.name for item in sink.spans if item.kind != CLIENT]
+        # The one behind the hole comes twice, with the same id: better than a trace with a hole.
+        assert sorted(names) == [
+            "flip.initial_model_loaded",
+            "flip.run",
+            "flip.task_initiated",
+            "flip.task_initiated",
+            "flip.training_initiated",
+        ]
 
 
 def test_with_a_broken_ledger_the_root_is_exported_once(make: Callable[..., Tracing], tmp_path: Path) -> None:
