@@ -170,6 +170,17 @@ class RunRecorder:
         """Remember an upload in progress, so that a killed one can be aborted."""
         self.set_columns(upload_key=key, upload_id=upload_id or None)
 
+    def has_judge(self) -> bool:
+        """Whether somebody watches this ledger whom the server's parent process tells how jobs end."""
+        with self._lock:
+            if self._fallback is not None or self._ledger is None or not self._ledger.is_current():
+                return False
+            try:
+                return self._ledger.live_judge(time.time()) is not None
+            except LedgerError as error:
+                report("ledger", error, "cannot see whether an observer lives; taken as no")
+                return False
+
     def upload_context(self) -> AbstractContextManager[None]:
         """In which the results are uploaded: calls of the bucket are spans below the upload's."""
         return self.trace.within(self._state.upload_span_id)

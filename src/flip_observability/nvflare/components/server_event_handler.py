@@ -208,13 +208,15 @@ class ServerEventHandler(UsesFlip, FLComponent):
         recorder.set_columns(intent=self._decide(recorder, failed, UploadOutcome.PENDING).value)
         outcome = self._persist(recorder, fl_ctx)
         ending = self._decide(recorder, failed, outcome)
+        # Whether a person aborted it or a client died, only the server's parent process knows.
+        left_to_judge = ending is Ending.ABORT_UNRESOLVED and self._foreign is None and recorder.has_judge()
         status = {
             Ending.ERROR: ModelStatus.ERROR,
             Ending.ABORT_UNRESOLVED: ModelStatus.STOPPED,
             Ending.UPLOAD_FAILED: recorder.contract.upload_failed,
             Ending.RESULTS_UPLOADED: ModelStatus.RESULTS_UPLOADED,
         }[ending]
-        effects = recorder.record(FlareEvents.END_RUN, {"status": status.value})
+        effects = recorder.record(FlareEvents.END_RUN, {} if left_to_judge else {"status": status.value})
         self.final_status = recorder.state.final_status
         seconds = recorder.settings.end_run_seconds
         if effects.status is not None:
