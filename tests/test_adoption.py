@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import urllib.error
 import urllib.request
@@ -19,8 +18,6 @@ from flare_system import FlareSystem, write_flip_job
 from flip_observability.demo.hub import EmbeddedHub
 from prometheus_tools import free_port, wait_for
 from server_kit import snapshot
-
-OBSERVER = importlib.util.find_spec("flip_observability.nvflare.server_observer") is not None
 
 
 def run(session: Session, job: Path, seconds: float = 60.0) -> tuple[str, str]:
@@ -65,10 +62,7 @@ def test_a_server_and_a_job_are_adopted_run_and_undone(tmp_path: Path) -> None:
             "FLIP_OBSERVABILITY_DIR": str(tmp_path / "ledger"),
         }
         assert flip_obs("install", system.server_kit).returncode == 0
-        if OBSERVER:
-            listening_on(system.server_kit, port)
-        else:
-            (system.server_kit / "local" / "flip_observability__p_resources.json").unlink()
+        listening_on(system.server_kit, port)
         system.start("server", environment)
         system.start("site-1")
         with system.session() as session:
@@ -76,9 +70,8 @@ def test_a_server_and_a_job_are_adopted_run_and_undone(tmp_path: Path) -> None:
             assert status == "FINISHED:COMPLETED", system.log("server")[-4_000:]
             assert hub.wait(lambda h: h.statuses(model)[-1:] == ["RESULTS_UPLOADED"])
             assert hub.statuses(model) == ["PREPARED", "TRAINING_STARTED", "RESULTS_UPLOADED"]
-            if OBSERVER:
-                wanted = 'flip_runs_finished_total{net_id="adopted",status="RESULTS_UPLOADED"} 1.0'
-                wait_for(lambda: wanted in page(f"http://127.0.0.1:{port}/metrics"), 20, "the run in the metrics")
+            wanted = 'flip_runs_finished_total{net_id="adopted",status="RESULTS_UPLOADED"} 1.0'
+            wait_for(lambda: wanted in page(f"http://127.0.0.1:{port}/metrics"), 20, "the run in the metrics")
         archives = list((tmp_path / "bucket" / model).glob("*.zip"))
         assert len(archives) == 1
         with zipfile.ZipFile(archives[0]) as archive:

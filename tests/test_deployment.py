@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
 import os
 import re
 import shutil
@@ -19,6 +22,7 @@ from nvflare.app_opt.job_launcher.study_runtime import load_study_runtime_file
 import prometheus_tools
 from command_line import flip_obs
 from flip_observability.ledger import FILE_NAME, Ledger
+from flip_observability.nvflare import install
 from flip_observability.settings import Settings
 from history import Run
 
@@ -60,6 +64,16 @@ def test_nvflare_takes_the_study_runtime(tmp_path: Path, launcher: str, name: st
         assert "podAffinity" in pod["spec"]["affinity"]
     known = {field.alias for field in Settings.model_fields.values()}
     assert study.env.keys() | {reference.name for reference in study.secret_env} <= known
+
+
+def test_the_observer_takes_the_arguments() -> None:
+    component = json.loads(block('{"id": "flip_server_observer"'))
+    assert (component["id"], component["path"]) == (install.COMPONENT["id"], install.COMPONENT["path"])
+    module, name = component["path"].rsplit(".", 1)
+    known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    sentence = re.search(r"as options \((.*?)\)", TEXT, re.DOTALL)
+    assert sentence is not None
+    assert set(re.findall(r"`\"?(\w+)\W", sentence[1])) == known.keys() >= component["args"].keys()
 
 
 def test_the_compose_file_mounts_what_it_names() -> None:
