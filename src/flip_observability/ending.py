@@ -91,7 +91,7 @@ class UnendedRun:
                 effects.problems,
                 status,
                 final_by if status else None,
-                self._for_the_hub(status),
+                _for_the_hub(self.run, status),
             )
         )
 
@@ -107,11 +107,25 @@ class UnendedRun:
         name = OwnEvents.FINAL_STATUS.value
         return self.record(ledger, name, when, {"status": status.value}, final_by=by, columns=columns)
 
-    def _for_the_hub(self, status: str | None) -> tuple[OutboxItem, ...]:
-        return for_the_hub(self.run, status)
+
+def finalise_plainly(ledger: Ledger, run: Mapping[str, Any], status: ModelStatus, when: float, by: str) -> bool:
+    """The final status alone, for a run whose history cannot be read. Returns and raises as ``UnendedRun.record``."""
+    event = Event(OwnEvents.FINAL_STATUS.value, when, {"status": status.value})
+    return ledger.append(
+        Entry(
+            run["run_id"],
+            when,
+            event,
+            (("run_finished", 1.0, {"status": status.value}),),
+            {"intent": SALVAGE} if not run["results_uri"] else {},
+            final_status=status.value,
+            final_by=by,
+            outbox=_for_the_hub(run, status.value),
+        )
+    )
 
 
-def for_the_hub(run: Mapping[str, Any], status: str | None) -> tuple[OutboxItem, ...]:
+def _for_the_hub(run: Mapping[str, Any], status: str | None) -> tuple[OutboxItem, ...]:
     """The message with a run's final status; nothing without one, or without a model that the hub could know."""
     if status is None:
         return ()

@@ -15,11 +15,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from flip_observability.constants import ModelStatus, OwnEvents
-from flip_observability.ending import SALVAGE, UnendedRun, for_the_hub
+from flip_observability.constants import ModelStatus
+from flip_observability.ending import SALVAGE, UnendedRun, finalise_plainly
 from flip_observability.errors import report
-from flip_observability.ledger import Entry, Ledger, LedgerError
-from flip_observability.lifecycle import Ending, Event
+from flip_observability.ledger import Ledger, LedgerError
+from flip_observability.lifecycle import Ending
 from flip_observability.process import ProcessIdentity
 from flip_observability.run_trace import complete_traces
 from flip_observability.salvager import BY, PATIENCE_SECONDS, JobStore, Salvager
@@ -276,21 +276,8 @@ class Sentinel:
 
     def _end_plainly(self, ledger: Ledger, run: Mapping[str, Any]) -> float:
         """The final status alone, for a run whose history or archive cannot be worked with."""
-        status, now = ModelStatus.ERROR.value, self._clock()
-        event = Event(OwnEvents.FINAL_STATUS.value, now, {"status": status})
-        facts = (("run_finished", 1.0, {"status": status}),)
-        entry = Entry(
-            run["run_id"],
-            now,
-            event,
-            facts,
-            {"intent": SALVAGE},
-            final_status=status,
-            final_by=BY,
-            outbox=for_the_hub(run, status),
-        )
-        if ledger.append(entry):
-            log.error("Run %s cannot be read. It was given the status %s.", run["run_id"], status)
+        if finalise_plainly(ledger, run, ModelStatus.ERROR, self._clock(), BY):
+            log.error("Run %s cannot be read. It was given the status ERROR.", run["run_id"])
             self.on_final()
         return IDLE_SECONDS
 

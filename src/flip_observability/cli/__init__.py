@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flip_observability.cli import adopt, demo, doctor, outbox, results, runs, serve
+from flip_observability.cli import adopt, demo, doctor, outbox, results, run, runs, serve
 from flip_observability.cli.common import DIRECTORY_VARIABLE, PROGRAM, CommandError, complain
 from flip_observability.ledger import LedgerError
 from flip_observability.settings import LEDGER_FOLDER, SettingsError
@@ -30,7 +30,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     adopt.adopt,
 )
 """Functions that are commands, in the order of the help."""
-GROUPS: Mapping[str, typer.Typer] = {"outbox": outbox.app, "results": results.app}
+GROUPS: Mapping[str, typer.Typer] = {"run": run.app, "outbox": outbox.app, "results": results.app}
 """Groups of commands, a module each."""
 
 app = typer.Typer(

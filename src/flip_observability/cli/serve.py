@@ -32,6 +32,7 @@ def serve(
     """Observe the ledger until SIGTERM or Ctrl-C: serve its metrics, tell the hub, end what died."""
     from flip_observability.exporter import TLS, ExporterError
     from flip_observability.observer import Observer
+    from flip_observability.sentinel import Sentinel
 
     settings = Settings.load()
     directory = ledger_directory(ctx)
@@ -42,7 +43,9 @@ def serve(
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tls = TLS(tls_cert, tls_key, client_ca)
-    observer = Observer(settings, directory.absolute(), host=host, port=port, tls=tls, insist=True)
+    sentinel = Sentinel(settings, directory.absolute())
+    observer = Observer(settings, directory.absolute(), host=host, port=port, tls=tls, sentinel=sentinel, insist=True)
+    sentinel.on_final = lambda: observer.nudge("dispatcher")
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
@@ -58,4 +61,5 @@ def serve(
     while not ended.wait(1.0):  # a bare wait would keep signals from being seen on some platforms
         pass
     observer.stop()
+    sentinel.close()
     out.print("Stopped.")
