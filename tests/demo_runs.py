@@ -17,9 +17,9 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +149,41 @@ def _play_all(folder: Path) -> None:
     folder.mkdir()
     before: Path | None = None
     for name, protocol in zip(SCENARIOS, itertools.cycle(PROTOCOLS), strict=False):
-        for _ in range(ATTEMPTS):
-            with OtlpSink(protocol) as sink:
-                lost_a_site = _play_in_a_process(folder, name, sink.environment)
-                (folder / f"{name}.spans.json").write_text(to_json(sink.spans))
-            if not lost_a_site:
-                break
-            _forget(folder, name, before)
+        sink = play(folder, name, partial(OtlpSink, protocol), before=before)
+        (folder / f"{name}.spans.json").write_text(to_json(sink.spans))
         before = copy_ledger(folder / "ledger", folder / "after" / name)
 
 
-def _play_in_a_process(folder: Path, name: str, environment: Mapping[str, str]) -> bool:
+def play(
+    folder: Path,
+    name: str,
+    make_sink: Callable[[], OtlpSink],
+    *,
+    before: Path | None = None,
+    program: Path = Path(__file__),
+) -> OtlpSink:
+    """Play a scenario in a process of its own, and begin anew when the simulator loses a site.
+
+    Args:
+        folder: for what it leaves; its ledger is in ``folder / "ledger"``.
+        name: of the scenario.
+        make_sink: the collector that it exports its spans to; a new one for each beginning.
+        before: folder with a copy of the ledger as it was before; None when there was none.
+        program: this file, or one that does the same and more.
+
+    Returns:
+        The collector that heard of the run that was played to its end; it has been stopped.
+    """
+    for _ in range(ATTEMPTS):
+        with make_sink() as sink:
+            lost_a_site = _play_in_a_process(folder, name, sink.environment, program)
+        if not lost_a_site:
+            break
+        _forget(folder, name, before)
+    return sink
+
+
+def _play_in_a_process(folder: Path, name: str, environment: Mapping[str, str], program: Path) -> bool:
     """Returns whether the simulator could not start one of the sites, in which case the scenario was broken off.
 
     It picks a free port for each site and uses it a moment later; on a busy machine somebody else may have it by then.
@@ -168,7 +192,7 @@ def _play_in_a_process(folder: Path, name: str, environment: Mapping[str, str]) 
     output = folder / f"{name}.out"
     with output.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), name, str(folder)],
+            [sys.executable, str(program), name, str(folder)],
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -204,18 +228,24 @@ def _forget(folder: Path, name: str, before: Path | None) -> None:
 
 
 def _load(folder: Path) -> DemoRuns:
-    for failure in sorted(folder.glob("*.failed")):
-        pytest.fail(f"The demo of {failure.stem} failed:\n{failure.read_text()}")
     runs = []
     for name, protocol in zip(SCENARIOS, itertools.cycle(PROTOCOLS), strict=False):
-        data = json.loads((folder / f"{name}.json").read_text())
-        data |= {"folder": Path(data["folder"]), "archive": Path(data["archive"]) if data["archive"] else None}
         spans = from_json((folder / f"{name}.spans.json").read_text())
-        runs.append(DemoRun(**data, ledger_after=folder / "after" / name, protocol=protocol, spans=spans))
+        runs.append(load_run(folder, name, protocol, spans))
     return DemoRuns(folder / "ledger", tuple(runs))
 
 
-def _play(name: str, folder: Path) -> int:
+def load_run(folder: Path, name: str, protocol: str, spans: list[Received]) -> DemoRun:
+    """What :func:`play` has played. Fails the test when it did not end as it must."""
+    for failure in sorted(folder.glob("*.failed")):
+        pytest.fail(f"The demo of {failure.stem} failed:\n{failure.read_text()}")
+    data = json.loads((folder / f"{name}.json").read_text())
+    data |= {"folder": Path(data["folder"]), "archive": Path(data["archive"]) if data["archive"] else None}
+    return DemoRun(**data, ledger_after=folder / "after" / name, protocol=protocol, spans=spans)
+
+
+def main(name: str, folder: Path) -> int:
+    """Play a scenario in this process and write down what was recorded."""
     import secrets
 
     secrets.token_urlsafe = lambda nbytes=None: CANARY
@@ -248,4 +278,4 @@ def _play(name: str, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_play(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
