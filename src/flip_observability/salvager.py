@@ -38,6 +38,7 @@ NOTHING_LEFT_ATTEMPTS = 3
 FIRST_BACKOFF = 2.0
 MAX_BACKOFF = 60.0
 MAX_FOLLOW_UP_BACKOFF = 600.0
+LOOK_SECONDS = 1.0
 NOT_YET_SECONDS = 1.0
 BUSY_SECONDS = 120.0
 """A server that takes longer to store what a run left is not waited for; what is on the disk is taken."""
@@ -146,7 +147,7 @@ class Salvager:
                 left = self._tasks[0].due - self._monotonic()
                 if left <= 0:
                     return heapq.heappop(self._tasks)
-                self._wake.wait(min(left, 5.0))
+                self._wake.wait(min(left, LOOK_SECONDS))
             self._thread = None
             return None
 
