@@ -110,7 +110,12 @@ def test_summary_says_all_and_what_to_do_next(scenario: object, terminal: bool, 
     summarise(Console(file=out, force_terminal=terminal, width=200, color_system=None), summary)
     text = out.getvalue()
     wanted = [summary.run_id, summary.uri, summary.checksum, "4096 bytes", "INITIATED → TRAINING_STARTED"]
-    wanted += ["flip-obs --dir led runs", "flip-obs --dir led show ad178c76", "differs: the hub holds no final status"]
+    wanted += [
+        "flip-obs --dir led runs",
+        "flip-obs --dir led show ad178c76",
+        "flip-obs --dir led serve",
+        "differs: the hub holds no final status",
+    ]
     wanted.append("results upload" if chosen.refusing else "make demo ARGS=")
     for expected in wanted:
         assert expected in text

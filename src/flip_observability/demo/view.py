@@ -19,6 +19,7 @@ from flip_observability.constants import FINAL_STATUSES
 from flip_observability.demo.bucket import BucketRecord
 from flip_observability.demo.hub import HubRecord
 from flip_observability.demo.scenarios import GLOBAL_ACCURACY, Scenario
+from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT
 from flip_observability.ledger import FILE_NAME, Ledger, LedgerError
 from flip_observability.report import DONE, LATE, OPEN, RunReport, duration, local_time, moment, run_report, safe, size
 
@@ -305,6 +306,7 @@ def _next_steps(summary: Summary) -> list[tuple[str, str]]:
     steps = [
         (f"{where} runs", "all runs in this ledger"),
         (f"{where} show {short}", "this run: timeline, rounds, sites, what the hub accepted"),
+        (f"{where} serve", f"its metrics: then open http://{DEFAULT_HOST}:{DEFAULT_PORT}/metrics"),
     ]
     if summary.scenario.refusing:
         target = summary.log.parent / "results"
