@@ -41,7 +41,8 @@ def serve(
             f"No folder {directory}: name the server's ledger folder with --dir or {DIRECTORY_VARIABLE}. "
             "The server makes it with its first run; an empty one will do"
         )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("flip_observability").setLevel(logging.INFO)  # what the libraries do is of no interest
     tls = TLS(tls_cert, tls_key, client_ca)
     sentinel = Sentinel(settings, directory.absolute())
     observer = Observer(settings, directory.absolute(), host=host, port=port, tls=tls, sentinel=sentinel, insist=True)
