@@ -72,7 +72,7 @@ class Collector:
 
     Args:
         trace_store: ``host:port`` of an OTLP gRPC service without TLS.
-        prometheus: base URL of a Prometheus with its remote-write receiver.
+        prometheus: base URL of a Prometheus with its remote-write receiver; none if empty.
         targets: exporters to scrape, ``host:port``.
         configs: further configuration files, merged after the project's.
         environment: further variables.
@@ -82,7 +82,7 @@ class Collector:
         self,
         *,
         trace_store: str = "127.0.0.1:9",
-        prometheus: str = "http://127.0.0.1:9",
+        prometheus: str = "",
         targets: Sequence[str] = (),
         configs: Sequence[Path] = (),
         environment: Mapping[str, str] | None = None,
@@ -90,10 +90,11 @@ class Collector:
         self._binary = require()
         self.folder = Path(tempfile.mkdtemp(prefix="flip-collector-"))
         self._configs = list(configs)
+        self._has_prometheus = bool(prometheus)
         self._environment = _clean_environment() | {
             "FLIP_TRACE_STORE": trace_store,
             "FLIP_TRACE_STORE_INSECURE": "true",
-            "FLIP_PROMETHEUS_URL": prometheus,
+            "FLIP_PROMETHEUS_URL": prometheus or "http://127.0.0.1:9",
             "FLIP_METRICS_TARGETS": json.dumps(list(targets)),
             "FLIP_SCRAPE_INTERVAL": "1s",
             **(environment or {}),
@@ -131,7 +132,10 @@ class Collector:
             "processors": {"batch": {"timeout": "50ms"}},
             "exporters": {
                 "otlp_grpc": {"retry_on_failure": {"max_interval": "1s"}},
-                "prometheus_remote_write": {"retry_on_failure": {"max_interval": "1s"}},
+                # Without a Prometheus there is nothing to wait for at the end.
+                "prometheus_remote_write": {
+                    "retry_on_failure": {"max_interval": "1s", "enabled": self._has_prometheus}
+                },
             },
             "extensions": {"health_check": {"endpoint": f"127.0.0.1:{self.health_port}"}},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ import pytest
 import yaml
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource as ProtoResource
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
+from opentelemetry.proto.trace.v1.trace_pb2 import Status as ProtoStatus
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
@@ -29,6 +36,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from certificates import Authority
+from demo_runs import DemoRuns
 from flip_observability.ledger import Ledger
 from flip_observability.observer import Observer
 from flip_observability.settings import Settings
@@ -46,6 +54,7 @@ from otel_collector import (
     values,
     wait_for_spans,
 )
+from otlp_sink import OtlpSink, Received, check_trace
 from prometheus_tools import Prometheus, wait_for
 
 CANARY = "canary-7f3a"
@@ -313,6 +322,88 @@ def test_secrets_in_values_are_masked(text: str, secret: str, traced: tuple[Coll
     assert secret not in came["url.full"]
     assert "****" in came["url.full"]
     assert came["server.address"] == "hub.example"
+
+
+def _attributes(found: Mapping[str, Any]) -> list[KeyValue]:
+    kinds = {bool: "bool_value", int: "int_value", float: "double_value", str: "string_value"}
+    return [KeyValue(key=key, value=AnyValue(**{kinds[type(value)]: value})) for key, value in found.items()]
+
+
+def _request(spans: list[Received]) -> ExportTraceServiceRequest:
+    """The request that these spans came in."""
+    groups: dict[str, ResourceSpans] = {}
+    for span in spans:
+        resource = groups.setdefault(
+            json.dumps(span.resource, sort_keys=True),
+            ResourceSpans(resource=ProtoResource(attributes=_attributes(span.resource)), scope_spans=[ScopeSpans()]),
+        )
+        resource.scope_spans[0].spans.append(
+            Span(
+                name=span.name,
+                trace_id=bytes.fromhex(span.trace_id),
+                span_id=bytes.fromhex(span.span_id),
+                parent_span_id=bytes.fromhex(span.parent_id),
+                kind=span.kind,  # type: ignore[arg-type]
+                start_time_unix_nano=span.start,
+                end_time_unix_nano=span.end,
+                attributes=_attributes(span.attributes),
+                status=ProtoStatus(code=span.status, message=span.message),  # type: ignore[arg-type]
+                events=[
+                    Span.Event(
+                        name=event["name"],
+                        time_unix_nano=event["time"],
+                        attributes=_attributes({k: v for k, v in event.items() if k not in ("name", "time")}),
+                    )
+                    for event in span.events
+                ],
+            )
+        )
+    return ExportTraceServiceRequest(resource_spans=groups.values())
+
+
+def _send(collector: Collector, request: ExportTraceServiceRequest, protocol: str) -> None:
+    if protocol == "grpc":
+        with grpc.insecure_channel(f"127.0.0.1:{collector.grpc_port}") as channel:
+            TraceServiceStub(channel).Export(request, timeout=10)  # type: ignore[no-untyped-call]
+        return
+    body = urllib.request.Request(
+        f"http://127.0.0.1:{collector.http_port}/v1/traces",
+        data=request.SerializeToString(),
+        headers={"Content-Type": "application/x-protobuf"},
+    )
+    with urllib.request.urlopen(body, timeout=10) as answer:
+        assert answer.status == 200
+
+
+def test_spans_of_every_demo_run_come_out_whole(demo_runs: DemoRuns) -> None:
+    """What real runs of all scenarios had sent, by gRPC and by HTTP, goes through the collector unharmed."""
+    with OtlpSink() as sink, Collector(trace_store=f"127.0.0.1:{sink.port}") as collector:
+        for run in demo_runs:
+            before = len(sink.spans)
+            _send(collector, _request(run.spans), run.protocol)
+            wait_for(lambda: len(sink.spans) - before >= len(run.spans), 30, f"the spans of {run.scenario}")  # noqa: B023
+            came = sink.spans[before:]
+            assert len(came) == len(run.spans) > 20
+            own = [span for span in came if span.trace_id == run.run_id.replace("-", "")]
+            check_trace(own, run.run_id)
+            by_id = {span.span_id: span for span in came}
+            for span in run.spans:
+                other = by_id[span.span_id]
+                assert other.resource.items() >= span.resource.items()
+                assert other == dataclasses.replace(span, message="", resource=other.resource)
+        counted = collector.own_metrics()
+        sent = sum(len(run.spans) for run in demo_runs)
+        assert counted["otelcol_receiver_accepted_spans_total"] == sent
+        assert counted["otelcol_exporter_sent_spans_total"] == sent
+
+
+def test_every_attribute_of_the_catalogue_is_let_through() -> None:
+    from test_telemetry_docs import ATTRIBUTES
+
+    allowed = set(config()["processors"]["redaction"]["allowed_keys"])
+    assert set(ATTRIBUTES) - {"exception.message"} <= allowed
+    assert not {"exception.message", "exception.stacktrace"} & allowed
+    assert {name for name in allowed if name.startswith("flip.")} <= set(ATTRIBUTES)
 
 
 def test_a_trace_store_that_is_away_for_a_while_loses_nothing() -> None:

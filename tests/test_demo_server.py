@@ -21,7 +21,8 @@ import pytest
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub, HubRecord
 from flip_observability.demo.server import ALIVE, STORIES, _forget_old_runs
-from otel_collector import Collector, TraceStore
+from otel_collector import Collector
+from otlp_sink import OtlpSink, check_trace, to_json
 from prometheus_tools import Prometheus, wait_for
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -210,7 +211,7 @@ def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
     ledger.mkdir()
     with ExitStack() as stack:
         bucket = stack.enter_context(EmbeddedBucket())
-        store = stack.enter_context(TraceStore())
+        sink = stack.enter_context(OtlpSink())
         prometheus = stack.enter_context(Writable())
         told = {
             "LOCAL_DEV": "false",
@@ -228,7 +229,7 @@ def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
         )
         instance = observer.says(r"Serving http://(\S+)/metrics")
         collector = stack.enter_context(
-            Collector(trace_store=store.address, prometheus=prometheus.url, targets=[instance])
+            Collector(trace_store=f"127.0.0.1:{sink.port}", prometheus=prometheus.url, targets=[instance])
         )
         told["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{collector.grpc_port}"
         command = ("--folder", str(folder), "--pace", "0", "--every", "0.1", "--keep", "1")
@@ -240,6 +241,14 @@ def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
         client = bucket.client()
         archives = client.list_objects_v2(Bucket="made-by-the-server", Prefix="runs/")["Contents"]
         assert all(archive["Size"] > 1_000 and archive["Key"].endswith(".zip") for archive in archives)
+
+        (root, *_) = sink.wait_for("flip.run", seconds=60)
+        run_id = root.attributes["flip.run_id"]
+        # The hub's last answer can come after the root.
+        wait_for(lambda: any("/status/RESULTS_UPLOADED" in str(s.attributes) for s in sink.spans), 30, "the hub's span")
+        spans = [span for span in sink.spans if span.trace_id == run_id.replace("-", "")]
+        assert check_trace(spans, run_id).attributes["flip.status"] == "RESULTS_UPLOADED"
+        assert root.resource["flip.net_id"] == "net-7"
 
         # In a later run the server is told to end. It takes everything with it that it has started.
         server.says(r"the job has ended[\s\S]*five rounds", 120)
@@ -253,6 +262,7 @@ def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
         assert observer.end() == 0
     for service in (hub, server, observer):
         assert KEY not in service.output
+    assert KEY not in to_json(sink.spans)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
