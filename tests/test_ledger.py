@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import pytest
 from flip_observability import ledger as ledger_module
 from flip_observability._fold import MetricsFold
 from flip_observability.ledger import (
+    FILE_NAME,
     SCHEMA_VERSION,
     Entry,
     Ledger,
@@ -430,3 +432,65 @@ def test_a_new_ledger_that_cannot_be_prepared_is_given_up_in_time(tmp_path: Path
         Ledger(tmp_path, busy_ms=300)
     assert time.monotonic() - begun < 10, "not a hundred times 300 ms"
     blocker.close()
+
+
+def damage(directory: Path, sql: str, *values: object) -> None:
+    with contextlib.closing(sqlite3.connect(directory / FILE_NAME)) as db, db:
+        db.execute(sql, values)
+
+
+ODD = ["not json {", "[1, 2]", '"text"', b"\xff\xfe", 4.5]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=["no-json", "list", "text", "no-utf-8", "number"])
+def test_one_damaged_message_does_not_hide_the_others(tmp_path: Path, odd: object) -> None:
+    with Ledger(tmp_path) as ledger:
+        for number in range(3):
+            item = OutboxItem(f"model-{number}", "log", {"client": None, "log": "x"})
+            ledger.append(Entry(None, float(number), outbox=(item,)))
+        damage(tmp_path, "UPDATE outbox SET payload = ?1, created = ?1, attempts = ?1 WHERE id = 1", odd)
+        rows = ledger.lease("me", 10.0, 5.0, 10)
+        assert [row.model_id for row in rows] == ["model-0", "model-1", "model-2"]
+        assert rows[0].payload == {}
+        assert isinstance(rows[0].created, float)
+        assert len(ledger.outbox()) == 3
+        assert ledger.outbox_backlog()["log"][0] == 3
+        ledger.settle(rows[0], now=11.0, state="rejected", outcome="KeyError")
+
+
+@pytest.mark.parametrize("column", ["next_attempt", "lease_until"])
+def test_a_damaged_time_does_not_keep_a_message_for_ever(tmp_path: Path, column: str) -> None:
+    with Ledger(tmp_path) as ledger:
+        ledger.append(Entry(None, 1.0, outbox=(OutboxItem("model", "log", {"log": "x"}),)))
+        damage(tmp_path, f"UPDATE outbox SET {column} = 'soon'")
+        assert ledger.next_due() == 0.0
+        assert len(ledger.lease("me", 10.0, 5.0, 10)) == 1
+        assert ledger.lease("other", 11.0, 5.0, 10) == []
+
+
+def test_a_final_status_that_cannot_be_read_is_taken_from_its_run(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        item = OutboxItem("model", "status", {"status": "STOPPED"}, final=True)
+        ledger.append(Entry("run", 1.0, run={"model_id": "model"}, final_status="STOPPED", outbox=(item,)))
+        damage(tmp_path, "UPDATE outbox SET payload = '{'")
+        (row,) = ledger.lease("me", 10.0, 5.0, 10)
+        assert row.payload == {"status": "STOPPED"}
+
+
+@pytest.mark.parametrize("odd", ODD, ids=["no-json", "list", "text", "no-utf-8", "number"])
+def test_one_damaged_run_or_event_is_no_damaged_ledger(tmp_path: Path, odd: object) -> None:
+    with Ledger(tmp_path) as ledger:
+        for run_id in ("a", "b"):
+            event = Event("round", 2.0, {"round": 1})
+            ledger.append(Entry(run_id, 1.0, event, (("fact", 1.0, {}),), run={"model_id": "model"}))
+        damage(tmp_path, "UPDATE events SET attrs = ?1, facts = ?1, time = ?1 WHERE run_id = 'a'", odd)
+        damage(tmp_path, "UPDATE runs SET problems = ?1, model_id = ?1, last_event = ?1 WHERE run_id = 'a'", odd)
+        damage(tmp_path, "INSERT INTO meta VALUES ('observer', ?)", odd)
+        assert [(row["attrs"], row["facts"]) for row in ledger.events("a")] == [({}, [])]
+        assert [row["attrs"] for row in ledger.events()] == [{}, {"round": 1}]
+        assert {run["run_id"] for run in ledger.open_runs(10)} == {"a", "b"}
+        assert ledger.append(Entry("a", 3.0, problems={"orphaned": 3.0}))  # and does not raise
+        ledger.release_observer("token")
+        assert ledger.claim_observer("token", 5e9)
+        ledger.append(Entry("a", 4.0, final_status="ERROR", final_by="test"))
+        assert [run["run_id"] for run in ledger.finished_runs(0.0, 1, 1)] == ["a"]

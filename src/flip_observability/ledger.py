@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import logging
 import os
@@ -108,7 +109,11 @@ CREATE INDEX runs_untraced ON runs (final_time) WHERE final_status IS NOT NULL A
 _MIGRATIONS: dict[int, str] = {0: _SCHEMA, 1: _INDEXES_OF_METRICS, 2: _SPANS_OF_RUNS}
 """From a schema version to the next one. Version 0 is an empty file."""
 
+_PROBLEMS = "json_patch(?, CASE WHEN json_valid(problems) THEN problems ELSE '{}' END)"
+"""What is not JSON is no reason to refuse what comes after it."""
+
 _CURSOR = "SELECT CAST(value AS INTEGER) AS value FROM meta WHERE key = 'metrics_cursor'"
+_WHEN = "max(iif(typeof(next_attempt) = 'real', next_attempt, 0), iif(typeof(lease_until) = 'real', lease_until, 0))"
 _STATE = "SELECT CAST(name AS BLOB), CAST(labels AS BLOB), CAST(value AS BLOB) FROM metric_state"
 
 RUN_COLUMNS = frozenset(
@@ -293,6 +298,7 @@ class Ledger:
                 target, timeout=self._busy_ms / 1000, isolation_level=None, check_same_thread=False, uri=uri
             )
             db.row_factory = sqlite3.Row
+            db.text_factory = _text
             db.execute(f"PRAGMA busy_timeout={self._busy_ms}")
             if not read_only:
                 self._prepare(db)
@@ -431,7 +437,7 @@ class Ledger:
             # Merged, not set: the dispatcher adds problems of its own from other processes.
             db.execute("INSERT OR IGNORE INTO runs (run_id, created) VALUES (?, ?)", (entry.run_id, entry.time))
             problems = json.dumps(dict(entry.problems))
-            db.execute("UPDATE runs SET problems = json_patch(?, problems) WHERE run_id = ?", (problems, entry.run_id))
+            db.execute(f"UPDATE runs SET problems = {_PROBLEMS} WHERE run_id = ?", (problems, entry.run_id))
         names = list(columns)
         # A run that somebody finalised keeps that status, whatever a late event of its job process says.
         assignments = ", ".join(
@@ -508,9 +514,9 @@ class Ledger:
         with self._transaction() as db:
             rows = db.execute(
                 f"{_HEADS} SELECT o.* FROM heads AS h JOIN outbox AS o ON o.id = h.id"
-                " WHERE (o.next_attempt <= :now OR :hurry)"
+                " WHERE (o.next_attempt <= :now OR :hurry OR typeof(o.next_attempt) != 'real')"
                 " AND NOT EXISTS (SELECT 1 FROM outbox AS l WHERE l.model_id = o.model_id AND l.lane = o.lane"
-                "                 AND l.lease_until > 0 AND l.lease_until > :now)"
+                "                 AND l.lease_until > 0 AND l.lease_until > :now AND typeof(l.lease_until) = 'real')"
                 " ORDER BY o.lane, o.final DESC, o.id LIMIT :limit",
                 {"now": now, "limit": limit, "hurry": int(ignore_backoff)},
             ).fetchall()
@@ -518,7 +524,7 @@ class Ledger:
                 "UPDATE outbox SET lease_owner = ?, lease_until = ? WHERE id = ?",
                 [(owner, now + seconds, row["id"]) for row in rows],
             )
-        return [_outbox_row(row) for row in rows]
+            return [_mended(db, _outbox_row(row)) for row in rows]
 
     def settle(
         self,
@@ -552,7 +558,7 @@ class Ledger:
             )
             if problem and row.run_id:
                 patch = json.dumps({problem: now})
-                db.execute("UPDATE runs SET problems = json_patch(?, problems) WHERE run_id = ?", (patch, row.run_id))
+                db.execute(f"UPDATE runs SET problems = {_PROBLEMS} WHERE run_id = ?", (patch, row.run_id))
             if facts:
                 attrs = {"kind": row.kind, "outcome": outcome, "state": state or "retried"}
                 attrs |= {"status": row.payload["status"]} if row.kind == "status" else {}
@@ -620,7 +626,7 @@ class Ledger:
 
     def next_due(self) -> float | None:
         """When the next row wants to be sent (epoch seconds); None when nothing waits."""
-        sql = f"{_HEADS} SELECT min(max(next_attempt, lease_until)) FROM heads JOIN outbox USING (id)"
+        sql = f"{_HEADS} SELECT min({_WHEN}) FROM heads JOIN outbox USING (id)"
         value = self._rows(sql)[0][0]
         return None if value is None else float(value)
 
@@ -659,7 +665,7 @@ class Ledger:
             f"SELECT * FROM events WHERE id > ?{clause} ORDER BY id LIMIT ?",
             [after, *([run_id] if run_id else []), limit],
         )
-        return [dict(row) | {"attrs": json.loads(row["attrs"]), "facts": json.loads(row["facts"])} for row in rows]
+        return [_event_row(row) for row in rows]
 
     def claim_root(self, run_id: str, owner: str) -> bool:
         """Whether the caller may export the run's root span; true for exactly one caller."""
@@ -727,7 +733,7 @@ class Ledger:
         """Give this ledger back, so that the next observer need not wait."""
         with self._transaction() as db:
             db.execute(
-                "DELETE FROM meta WHERE key = 'observer' AND json_extract(value, '$[0]') = ?",
+                "DELETE FROM meta WHERE key = 'observer' AND json_valid(value) AND json_extract(value, '$[0]') = ?",
                 (owner_token,),
             )
 
@@ -823,7 +829,7 @@ class Ledger:
     def outbox_backlog(self) -> dict[str, tuple[int, float]]:
         """By kind: how many rows wait, and since when the oldest does (epoch seconds)."""
         sql = "SELECT kind, count(*), min(created) FROM outbox WHERE state = 'pending' GROUP BY kind"
-        return {str(kind): (int(count), float(oldest)) for kind, count, oldest in self._rows(sql)}
+        return {str(kind): (int(count), _number(oldest, time.time())) for kind, count, oldest in self._rows(sql)}
 
     # -- upkeep ------------------------------------------------------------------------------------------------------
 
@@ -951,7 +957,8 @@ def _explained(directory: Path | None) -> Iterator[None]:
         text = f"The {where} failed: {error}"
         if _is_busy(error):
             raise LedgerBusyError(text) from error
-        if type(error) is sqlite3.DatabaseError or "malformed" in str(error):
+        # "malformed JSON" is one damaged cell, and not a reason to give up the file that it is in.
+        if type(error) is sqlite3.DatabaseError or "image is malformed" in str(error):
             raise LedgerCorruptError(text) from error
         raise LedgerError(text) from error
 
@@ -994,15 +1001,56 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _run(row: sqlite3.Row) -> dict[str, Any]:
+def _text(raw: bytes) -> str:
+    # Bytes that are no UTF-8: one damaged cell must not hide the rows beside it.
+    return raw.decode("utf-8", "replace")
+
+
+def _object(text: Any) -> dict[str, Any]:
+    """What a cell should hold; nothing when it holds something else."""
     try:
-        problems = json.loads(row["problems"])
-    except (ValueError, TypeError):
-        problems = {}  # one damaged row must not hide the others
-    return dict(row) | {"problems": problems if isinstance(problems, dict) else {}}
+        value = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _facts(text: Any) -> list[Any]:
+    try:
+        return [[name, float(value), dict(labels)] for name, value, labels in json.loads(text)]
+    except (ValueError, TypeError, RecursionError):
+        return []
+
+
+def _number(value: Any, otherwise: float) -> float:
+    return float(value) if isinstance(value, int | float) else otherwise
+
+
+def _run(row: sqlite3.Row) -> dict[str, Any]:
+    return dict(row) | {"problems": _object(row["problems"])}
+
+
+def _event_row(row: sqlite3.Row) -> dict[str, Any]:
+    return dict(row) | {
+        "attrs": _object(row["attrs"]),
+        "facts": _facts(row["facts"]),
+        "time": _number(row["time"], 0.0),
+    }
 
 
 def _outbox_row(row: sqlite3.Row) -> OutboxRow:
     names = OutboxRow.__dataclass_fields__
     values = {name: row[name] for name in names}
-    return OutboxRow(**values | {"final": bool(row["final"]), "payload": json.loads(row["payload"])})
+    mended = {"final": bool(row["final"]), "payload": _object(row["payload"])}
+    mended |= {"created": _number(row["created"], time.time()), "attempts": int(_number(row["attempts"], 0))}
+    return OutboxRow(**values | mended)
+
+
+def _mended(db: sqlite3.Connection, row: OutboxRow) -> OutboxRow:
+    """A final status that cannot be read any more is still known to its run."""
+    if not row.final or row.payload or row.run_id is None:
+        return row
+    found = db.execute("SELECT final_status FROM runs WHERE run_id = ?", (row.run_id,)).fetchall()
+    if not found or found[0][0] is None:
+        return row
+    return dataclasses.replace(row, payload={"status": found[0][0]})
