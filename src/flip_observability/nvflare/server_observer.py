@@ -7,6 +7,7 @@ import queue
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ MAX_WAITING = 1_000
 """Registrations that wait for our thread; what is beyond is counted and found by its own process, if it starts."""
 ID_SECONDS = 30.0
 """How long a submitted job may take to get its id."""
+ID_PAUSE_SECONDS = 0.1
+ATTEMPTS = 3
 MARK = b"flip_observability"
 """What the configuration of a job holds that has our components."""
 HANDLER = ".ServerEventHandler"
@@ -247,41 +250,63 @@ class _Registrar:
 
     def __init__(self, settings: Settings, directory: Path, root: Path) -> None:
         self._settings, self._directory, self._root = settings, directory, root
-        self._jobs: queue.Queue[Callable[[Ledger], None] | None] = queue.Queue(MAX_WAITING)
+        self._jobs: queue.Queue[dict[str, Any] | str | None] = queue.Queue(MAX_WAITING)
+        self._without_id: deque[tuple[dict[str, Any], float]] = deque(maxlen=MAX_WAITING)
         self._closed = threading.Event()
         self._ledger: Ledger | None = None
         threading.Thread(target=self._work, name="flip-registrar", daemon=True).start()
 
     def submitted(self, meta: dict[str, Any]) -> None:
         """A job was submitted. NVFLARE puts its id into the same dictionary, right after the event."""
-        self._put(lambda ledger: self._register_submitted(ledger, meta))
+        self._put(meta)
 
     def started(self, job_id: str) -> None:
         """A job was started: its run directory exists now."""
-        self._put(lambda ledger: self._register_started(ledger, job_id))
+        self._put(job_id)
 
     def close(self) -> None:
         """End when what waits has been written."""
         self._closed.set()
         self._put(None)
 
-    def _put(self, job: Callable[[Ledger], None] | None) -> None:
+    def _put(self, job: dict[str, Any] | str | None) -> None:
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
             report("server_observer", "QueueFull", "a job was not registered: the ledger takes them too slowly")
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None and not (self._closed.is_set() and self._jobs.empty()):
-            for _ in range(3):
-                try:
-                    job(self._open())
-                    break
-                except Exception as error:  # noqa: BLE001 - the next one may do better
-                    report("server_observer", error, "cannot register a job; trying again")
-                    self._drop()
-                    self._closed.wait(1.0)
+        while not (self._closed.is_set() and self._jobs.empty()):
+            try:
+                job = self._jobs.get(timeout=ID_PAUSE_SECONDS if self._without_id else None)
+            except queue.Empty:
+                job = None
+            if isinstance(job, dict):
+                self._without_id.append((job, time.monotonic() + ID_SECONDS))
+            elif job is not None:
+                self._try(self._register_started, job)
+            self._register_submitted()
         self._drop()
+
+    def _register_submitted(self) -> None:
+        """Register those that have their id by now; one that gets none in time was refused, and never became a job."""
+        for _ in range(len(self._without_id)):
+            meta, deadline = self._without_id.popleft()
+            job_id = meta.get(JobMetaKey.JOB_ID.value)
+            if isinstance(job_id, str):
+                self._try(self._register, job_id, model_id_of_run("", dict(meta)))
+            elif time.monotonic() < deadline:
+                self._without_id.append((meta, deadline))
+
+    def _try(self, register: Callable[..., None], *arguments: Any) -> None:
+        for _ in range(ATTEMPTS):
+            try:
+                register(self._open(), *arguments)
+                return
+            except Exception as error:  # noqa: BLE001, PERF203 - the next attempt, or the next job, may do better
+                report("server_observer", error, "cannot register a job; trying again")
+                self._drop()
+                self._closed.wait(1.0)
 
     def _open(self) -> Ledger:
         if self._ledger is not None and not self._ledger.is_current():
@@ -295,14 +320,9 @@ class _Registrar:
         if ledger is not None:
             ledger.close()
 
-    def _register_submitted(self, ledger: Ledger, meta: dict[str, Any]) -> None:
-        deadline = time.monotonic() + ID_SECONDS
-        while not isinstance(job_id := meta.get(JobMetaKey.JOB_ID.value), str):
-            if time.monotonic() > deadline or self._closed.wait(0.05):
-                return  # refused: it never became a job
-        self._register(ledger, job_id, model_id_of_run("", dict(meta)))
-
     def _register_started(self, ledger: Ledger, job_id: str) -> None:
+        if canonical_uuid(job_id) is None:
+            return
         run_dir = self._root / job_id
         if _is_somebody_elses(run_dir):
             ledger.forget_run(new_run_id(job_id))
