@@ -29,7 +29,9 @@ from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.sentinel import Patience, Phase, Sentinel
 from flip_observability.settings import Settings
 from flip_observability.spool import Spool
+from flip_observability.tracing import Tracing
 from history import Run
+from otlp_sink import OtlpSink
 from poc import wait_until
 
 
@@ -69,12 +71,15 @@ class Site:
         self.children: list[subprocess.Popen[bytes]] = []
         self.sentinels: list[Sentinel] = []
 
-    def sentinel(self, *, parent: bool = True, patience: Patience | None = None) -> Sentinel:
+    def sentinel(
+        self, *, parent: bool = True, patience: Patience | None = None, tracing: Tracing | None = None
+    ) -> Sentinel:
         sentinel = Sentinel(
             Settings(**self.variables),  # type: ignore[arg-type]
             self.directory,
             parent=self.parent if parent else None,
             patience=patience or Patience(),
+            tracing=tracing,
             monotonic=lambda: time.monotonic() + self.time,
         )
         self.sentinels.append(sentinel)
@@ -507,7 +512,11 @@ def test_what_a_killed_upload_left_in_the_bucket_is_removed(site: Site, monkeypa
 
 def poison_history(site: Site, run: Run) -> None:
     with contextlib.closing(sqlite3.connect(site.directory / FILE_NAME)) as db, db:
-        db.execute("UPDATE events SET attrs = '{broken canary-4711' WHERE run_id = ?", (run.run_id,))
+        attrs = '{"round": 1e999, "client": "canary-4711"}'
+        changed = db.execute(
+            "UPDATE events SET attrs = ? WHERE name = '_round_started' AND run_id = ?", (attrs, run.run_id)
+        )
+        assert changed.rowcount
 
 
 def poison_parent(site: Site, run: Run) -> None:
@@ -563,3 +572,27 @@ def test_a_ledger_that_is_replaced_is_opened_anew(site: Site) -> None:
     run = site.begin()
     sentinel.sweep()
     assert site.final(run) == "ERROR"
+
+
+# -- traces ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_trace_of_a_dead_run_is_completed_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OtlpSink("http/protobuf") as sink:
+        for name, value in sink.environment.items():
+            monkeypatch.setenv(name, value)
+        run = site.begin()
+        tracing = Tracing(Settings(**site.variables))  # type: ignore[arg-type]
+        for sentinel in (site.sentinel(tracing=tracing), site.sentinel(tracing=tracing)):
+            sentinel.sweep()
+            sentinel.sweep()
+        wait_until(lambda: [span for span in sink.spans if span.name == "flip.run"], 20, "the root span")
+        time.sleep(0.5)
+        tracing.close()
+        spans = {span.span_id: span for span in sink.spans}
+        assert len(spans) == len(sink.spans)
+        (root,) = [span for span in spans.values() if span.name == "flip.run"]
+        assert root.trace_id == uuid.UUID(run.run_id).hex
+        assert root.attributes["flip.status"] == "ERROR"
+        assert {"flip.round", "flip.training"} <= {span.name for span in spans.values()}
+        assert all(span.parent_id in spans for span in spans.values() if span is not root)

@@ -36,7 +36,7 @@ class UnendedRun:
 
         Raises:
             LedgerError: it cannot be read.
-            ValueError, TypeError, KeyError: what is in it is no history.
+            Exception: of any kind, when what is in it is no history.
         """
         run = ledger.run(run_id)
         if run is None:

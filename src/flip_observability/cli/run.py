@@ -23,7 +23,8 @@ from flip_observability.cli.common import (
 )
 from flip_observability.constants import ModelStatus
 from flip_observability.ending import SALVAGE, UnendedRun, finalise_plainly
-from flip_observability.ledger import Ledger
+from flip_observability.errors import report as report_error
+from flip_observability.ledger import Ledger, LedgerError
 from flip_observability.process import ProcessIdentity
 
 HEARTBEAT_SECONDS = 120.0
@@ -129,7 +130,10 @@ def _finalise(ledger: Ledger, row: Mapping[str, Any], status: ModelStatus, lives
     now = time.time()
     try:
         unended = UnendedRun.read(ledger, row["run_id"])
-    except (ValueError, TypeError, KeyError):
+    except LedgerError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged history can raise anything
+        report_error("cli", error, "a run's history cannot be read")
         warn("the run's history cannot be read; it gets its status without it")
         return finalise_plainly(ledger, row, status, now, BY)
     if unended is None:
