@@ -56,17 +56,18 @@ class Run:
         item = OutboxItem(self.model_id, kind, payload)
         self.ledger.append(Entry(self.run_id, self.begin + self.now, outbox=(item,)))
 
-    def deliver(self, after: float = 2.0) -> None:
-        """Let the hub accept everything that waits."""
+    def deliver(self, after: float = 2.0, outcome: str = "200") -> None:
+        """Let the hub, or who stands in for it, accept everything that waits."""
         while rows := self.ledger.lease("test", self.begin + self.now, 10.0, 100):
             for row in rows:
-                self.ledger.settle(row, now=row.created + after, state="delivered", outcome="200")
+                self.ledger.settle(row, now=row.created + after, state="delivered", outcome=outcome)
 
     def reject(self, outcome: str = "422") -> None:
         """Let the hub refuse everything that waits."""
         while rows := self.ledger.lease("test", self.begin + self.now, 10.0, 100):
             for row in rows:
-                self.ledger.settle(row, now=row.created + 1, state="rejected", outcome=outcome, problem="hub_rejected")
+                problem = "hub_rejected" if row.kind == "status" else None
+                self.ledger.settle(row, now=row.created + 1, state="rejected", outcome=outcome, problem=problem)
 
     def train(self, seconds_by_client: Mapping[str, float], rounds: int = 2, workflow: str = "controller") -> None:
         """A federated training: every client takes its time, a round lasts as long as the slowest and a second."""

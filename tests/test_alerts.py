@@ -58,7 +58,7 @@ def test_every_alert_of_the_catalogue_is_there() -> None:
     assert set(rules()) == {
         *("FlipRunFailed", "FlipRunOrphaned", "FlipResultsUploadFailed", "FlipFatalError", "FlipHubRejected"),
         *("FlipRunAborted", "FlipRunStalled", "FlipClientsMissing", "FlipHubUnreachable", "FlipLedgerUnwritable"),
-        *("FlipObservabilityErrors", "FlipObserverLoopStuck", "FlipObserverDown", "Watchdog"),
+        *("FlipObservabilityErrors", "FlipObserverLoopStuck", "FlipObserverDown", "Watchdog", "FlipHubRejectedDetails"),
     }
     for rule in rules().values():
         assert rule["labels"]["severity"] in SEVERITIES
@@ -142,6 +142,15 @@ OF_A_RUN = (
     ("unless on (net_id, run_id)", "unless on (run_id)"),
     ("unless", "and"),
 )
+RISES = (
+    ("[15m]", "[3m]"),
+    ("offset 15m", "offset 5m"),
+    ("[1d]", "[6h]"),
+    (">", ">="),
+    (">", "<"),
+    ("  or", "  and"),
+    ("net_id, instance", "net_id"),
+)
 MUTANTS: dict[str, tuple[tuple[str, str], ...]] = {
     "FlipRunFailed": (*WINDOWS, ("ERROR|", ""), ("|RESULTS_UPLOAD_FAILED", ""), ("ERROR|RESULTS_UPLOAD_FAILED", ".+")),
     "FlipRunOrphaned": (("orphaned", "aborted"), ("orphaned", "fatal_error"), ("offset 15m", "offset 5m")),
@@ -172,15 +181,14 @@ MUTANTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("net_id, instance", "net_id"),
         ("for: 1m", "for: 10m"),
     ),
-    "FlipObservabilityErrors": (
-        ("[15m]", "[3m]"),
-        ("offset 15m", "offset 5m"),
-        ("[1d]", "[6h]"),
-        (">", ">="),
-        (">", "<"),
-        ("or", "and"),
-        (", component", ""),
-        ("net_id, instance", "net_id"),
+    "FlipObservabilityErrors": (*RISES, (", component", "")),
+    "FlipHubRejectedDetails": (
+        *RISES,
+        (", kind)", ")"),
+        ('kind!="status"', ""),
+        ('kind!="status"', 'kind="status"'),
+        ('outcome="rejected", ', ""),
+        ('"rejected"', '"retried"'),
     ),
     "FlipObserverLoopStuck": (
         *KNOWN,
@@ -397,6 +405,7 @@ def everything_wrong() -> str:
         f'flip_outbox_oldest_age_seconds{{{net},kind="status"}} 900',
         f"flip_ledger_writable{{{net}}} 0",
         f'flip_observability_errors_total{{{net},component="hub"}} 3',
+        f'flip_hub_requests_total{{{net},kind="metric",outcome="rejected"}} 3',
         f'flip_observer_loop_last_success_timestamp_seconds{{{net},loop="fold"}} {now - 900}',
     ]
     return "\n".join(lines) + "\n"

@@ -415,7 +415,7 @@ def test_texts_from_runs_do_not_reach_the_terminal_as_commands(flip_obs: FlipObs
 
 
 def test_the_outbox_shows_what_needs_attention(flip_obs: FlipObs, ledger: Ledger) -> None:
-    assert flip_obs("outbox", "list").out == "The hub has accepted everything.\n"
+    assert flip_obs("outbox", "list").out == "Nothing is left that the hub has to be told.\n"
     run = trained(ledger, status=None)
     run.deliver()
     run.tell("log", {"client": "site-1", "log": "ACC-4711 of J. Doe"})

@@ -451,6 +451,19 @@ def test_what_is_rejected_is_noted_and_not_sent_again(
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR] == [message]
 
 
+@pytest.mark.parametrize("kind", ["metric", "log"])
+def test_only_a_rejected_status_is_a_problem_of_its_run(kind: str, hub: EmbeddedHub, ledger: Ledger) -> None:
+    model, run = new_id(), new_id()
+    payload = {"client": "site-1", "round": 1, "label": "loss", "value": 0.5, "log": "a line"}
+    ledger.append(Entry(run, T0, run={"model_id": model}, outbox=(OutboxItem(model, kind, payload),)))
+    hub.fail_with(422)
+    simulate(dispatcher_for(hub, ledger), T0, T0 + 5)
+    run_row = ledger.run(run)
+    assert run_row is not None
+    assert run_row["problems"] == {}
+    assert facts(ledger, "hub_request") == {(kind, "rejected"): 1}
+
+
 def test_rows_that_cannot_be_sent_do_not_stop_those_behind_them(hub: EmbeddedHub, ledger: Ledger) -> None:
     model, final_model = new_id(), new_id()
     poison = [

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from flip_observability import report
+from flip_observability import report, tables
 from flip_observability.constants import FlareEvents, FlipEvents, OwnEvents
+from flip_observability.hub import LocalHub
 from flip_observability.ledger import Ledger
 from history import Run
 
@@ -88,6 +90,21 @@ def test_a_status_that_no_message_tells_was_not_sent(ledger: Ledger) -> None:
     shown = _report(run)
     assert [line.hub.state for line in shown.statuses] == ["not sent"] * 3
     assert shown.run.hub.state == "not sent"
+
+
+def test_without_a_hub_nobody_has_accepted_anything(ledger: Ledger) -> None:
+    run = Run(ledger)
+    run.at(0, FlareEvents.START_RUN)
+    run.at(1, FlipEvents.TRAINING_INITIATED)
+    run.deliver(outcome=LocalHub().send(ledger.outbox()[0]).outcome)
+    shown = _report(run)
+    assert {line.hub.state for line in shown.statuses} == {shown.run.hub.state} == {"no hub"}
+    console = Console(width=200)
+    with console.capture() as page:
+        console.print(tables.report_page(shown, all_events=False))
+        console.print(tables.runs_table([shown.run], 200))
+    assert "no hub (LOCAL_DEV), " in page.get()
+    assert "accepted" not in page.get()
 
 
 def test_a_pending_message_says_how_often_and_when_again(ledger: Ledger) -> None:

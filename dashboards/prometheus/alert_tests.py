@@ -255,21 +255,46 @@ def _run_moments() -> Iterator[Timeline]:
         yield from _moments_of_a_run(alert, "flip_run_problem_timestamp_seconds", {"kind": kind}, others)
 
 
-def _errors() -> Iterator[Timeline]:
-    alert, metric = "FlipObservabilityErrors", "flip_observability_errors_total"
+@dataclass(frozen=True)
+class Counter:
+    """How an alert on a counter that rose is told: by two values of the label that tells its series apart.
 
-    def errors(value: Value, server: Mapping[str, str] = FIRST, component: str = "tracing") -> dict[str, Value]:
-        return {_selector(metric, server, component=component): value}
+    Args:
+        alert: its name.
+        metric: the counter.
+        label: that the alert keeps.
+        values: of that label.
+        more: labels that the alert looks for.
+    """
 
-    def fires(first: int, last: int, server: Mapping[str, str] = FIRST, component: str = "tracing") -> Fires:
-        labels = {name: server[name] for name in ("net_id", "instance")}
-        return Fires(first, last, labels | {"component": component})
+    alert: str
+    metric: str
+    label: str
+    values: tuple[str, str]
+    more: Mapping[str, str]
+
+
+COUNTERS = (
+    Counter("FlipObservabilityErrors", "flip_observability_errors_total", "component", ("tracing", "hub"), {}),
+    Counter("FlipHubRejectedDetails", "flip_hub_requests_total", "kind", ("metric", "log"), {"outcome": "rejected"}),
+)
+
+
+def _rises(it: Counter) -> Iterator[Timeline]:
+    alert = it.alert
+    one, another = it.values
+
+    def errors(value: Value, server: Mapping[str, str] = FIRST, which: str = one) -> dict[str, Value]:
+        return {_selector(it.metric, server, it.more, **{it.label: which}): value}
+
+    def fires(first: int, last: int, server: Mapping[str, str] = FIRST, which: str = one) -> Fires:
+        return Fires(first, last, _observer_labels(server) | {it.label: which})
 
     def rises(first: int, *, before: float = 0, after: float = 2) -> Value:
         return lambda minute: after if minute >= first else before
 
-    beside = errors(_always(7), component="hub") | errors(_always(0), SECOND)
-    old = Fires(0, 14, {**{name: FIRST[name] for name in ("net_id", "instance")}, "component": "hub"})
+    beside = errors(_always(7), which=another) | errors(_always(0), SECOND)
+    old = fires(0, 14, which=another)
     yield Timeline("no errors", alert, errors(_always(0)))
     yield Timeline("an error, beside old ones", alert, errors(rises(30)) | beside, [fires(30, 44), old])
     yield Timeline("one more error", alert, errors(rises(30, before=5, after=6)), [replace(fires(0, 44), times=2)])
@@ -283,10 +308,10 @@ def _errors() -> Iterator[Timeline]:
     )
     yield Timeline("most of a day away", alert, errors(_always(1)), [fires(0, 14)], [Gap(40, 1_300)], minutes=1_500)
     yield Timeline(
-        "two servers and two components",
+        "two servers and two series",
         alert,
-        errors(rises(30)) | errors(rises(50), SECOND) | errors(rises(60), component="hub"),
-        [fires(30, 44), fires(50, 64, SECOND), fires(60, 74, component="hub")],
+        errors(rises(30)) | errors(rises(50), SECOND) | errors(rises(60), which=another),
+        [fires(30, 44), fires(50, 64, SECOND), fires(60, 74, which=another)],
     )
     yield Timeline(
         "two servers of one net",
@@ -451,6 +476,14 @@ def _particulars() -> Iterator[Timeline]:
         [Fires(92, 149, _loop_labels("sentinel")(SECOND))],
         minutes=200,
     )
+    yield Timeline(
+        "what is accepted, tried again, or a status is another matter",
+        "FlipHubRejectedDetails",
+        {
+            _selector("flip_hub_requests_total", FIRST, kind=kind, outcome=outcome): float
+            for kind, outcome in (("metric", "delivered"), ("metric", "retried"), ("status", "rejected"))
+        },
+    )
     yield Timeline("always", "Watchdog", {}, [Fires(0, 150, {})])
 
 
@@ -502,7 +535,7 @@ def _observer_down() -> Iterator[Timeline]:
 def timelines() -> dict[str, list[Timeline]]:
     """All of them, by alert."""
     found: dict[str, list[Timeline]] = {name: [] for name in BY_NAME}
-    stories = [_run_moments(), _errors(), _observer_down(), _particulars(), *map(_conditions, CONDITIONS)]
+    stories = [_run_moments(), _observer_down(), _particulars(), *map(_rises, COUNTERS), *map(_conditions, CONDITIONS)]
     for timeline in chain.from_iterable(stories):
         found[timeline.alert].append(timeline)
     return found

@@ -156,9 +156,9 @@ def _loop_stuck() -> str:
     return last_known(f"{late[0]}\nor\n{late[1]}")
 
 
-def _more_errors() -> str:
+def _rose(series: str, label: str) -> str:
     """A counter that is higher than 15 minutes ago, or new and not 0: a first error can be in its first sample."""
-    labels, series = f"{OBSERVER_LABELS}, component", "flip_observability_errors_total"
+    labels = f"{OBSERVER_LABELS}, {label}"
     before = each(labels, f"last_over_time({series}[1d] offset 15m)")
     now = each(labels, f"last_over_time({series}[15m])")
     return f"{now}\n>\n(\n  {before}\n  or\n  0 * {now}\n)\n"
@@ -223,8 +223,8 @@ ALERTS: Mapping[str, tuple[Alert, ...]] = {
             "critical",
             "moment",
             _problem("hub_rejected"),
-            "The FLIP hub refused a message of model {{ $labels.model_id }} on net {{ $labels.net_id }}",
-            f"{_RUN}The Central Hub refused something of this run for good. If that was its final status, the hub "
+            "The FLIP hub refused a status of model {{ $labels.model_id }} on net {{ $labels.net_id }}",
+            f"{_RUN}The Central Hub refused a status of this run for good. If that was its final status, the hub "
             "shows the model as running for ever and gives this net no further job. Which one, and why: "
             "flip-obs outbox list",
             dashboard="flip-run",
@@ -286,6 +286,16 @@ ALERTS: Mapping[str, tuple[Alert, ...]] = {
             "their net. Is the hub there: flip-obs doctor. What waits: flip-obs outbox list",
         ),
         Alert(
+            "FlipHubRejectedDetails",
+            "warning",
+            "moment",
+            _rose('flip_hub_requests_total{outcome="rejected", kind!="status"}', "kind"),
+            "The FLIP hub refused some {{ $labels.kind }} messages on net {{ $labels.net_id }}",
+            f"{_OBSERVER}The Central Hub refused messages of the kind {{{{ $labels.kind }}}} for good during the last "
+            "15 minutes. Statuses are not among them: runs begin and end at the hub as they should, and only these "
+            "details are missing there. Which ones, and why: flip-obs outbox list",
+        ),
+        Alert(
             "FlipLedgerUnwritable",
             "critical",
             "condition",
@@ -300,7 +310,7 @@ ALERTS: Mapping[str, tuple[Alert, ...]] = {
             "FlipObservabilityErrors",
             "warning",
             "moment",
-            _more_errors(),
+            _rose("flip_observability_errors_total", "component"),
             "FLIP's observability had errors in {{ $labels.component }} on net {{ $labels.net_id }}",
             f"{_OBSERVER}Errors of our own in {{{{ $labels.component }}}} during the last 15 minutes. Runs are not "
             "affected; something about them may be missing here. The server's log has the kind of error and where; "

@@ -98,3 +98,7 @@ class FlipMetricsLabel(_Text):
     LOSS_FUNCTION = "LOSS_FUNCTION"
     DL_RESULT = "DL_RESULT"
     AVERAGE_SCORE = "AVERAGE_SCORE"
+
+
+NO_HUB = "LOCAL_DEV"
+"""The outcome of a message to the hub where there is no hub to be told."""

@@ -327,7 +327,7 @@ def check_observer(ledger: Ledger) -> Finding:
 
 
 def check_outbox(ledger: Ledger) -> Finding:
-    """Whether the hub has accepted everything."""
+    """Whether nothing is left that the hub has to be told."""
     refused = ledger.outbox(states=["rejected", "expired"], limit=1_000)
     waiting = ledger.outbox_backlog()
     count, oldest = sum(n for n, _ in waiting.values()), min((at for _, at in waiting.values()), default=time.time())
@@ -338,7 +338,7 @@ def check_outbox(ledger: Ledger) -> Finding:
         return Finding(Level.FAIL, "; ".join(texts), "see the hub's check; flip-obs outbox list shows them")
     if refused:
         return Finding(Level.WARN, "; ".join(texts), "flip-obs outbox list; then retry or drop them")
-    return Finding(Level.OK, texts[0] if texts else "the hub has accepted everything")
+    return Finding(Level.OK, texts[0] if texts else "nothing is left that the hub has to be told")
 
 
 def check_errors(ledger: Ledger) -> Finding:

@@ -34,7 +34,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, HTTPError
 
-from flip_observability.constants import ModelStatus
+from flip_observability.constants import NO_HUB, ModelStatus
 from flip_observability.errors import QUIET_SECONDS, report
 from flip_observability.ledger import Ledger, OutboxRow
 from flip_observability.lifecycle import Fact
@@ -205,17 +205,19 @@ class Reply:
         error: the type of what went wrong when there was no answer. Never its text.
         retry_after: seconds that the hub asks to be left alone.
         unsendable: the row itself cannot be made a call; the hub has not been asked.
+        instead: what answered in the hub's place.
     """
 
     status: int | None = None
     error: str | None = None
     retry_after: float | None = None
     unsendable: bool = False
+    instead: str | None = None
 
     @property
     def outcome(self) -> str:
-        """In a word: the code, or the type of the error."""
-        return str(self.status) if self.status is not None else (self.error or "no answer")
+        """In a word: what stood in for the hub, the code, or the type of the error."""
+        return self.instead or (str(self.status) if self.status is not None else (self.error or "no answer"))
 
 
 class Transport(Protocol):
@@ -404,10 +406,10 @@ class LocalHub:
     """Stands in for the hub with ``LOCAL_DEV``: statuses are logged, everything is accepted."""
 
     def send(self, row: OutboxRow) -> Reply:
-        """Accept a row."""
+        """Accept a row, and say that no hub did."""
         if row.kind == "status":
             log.info("LOCAL_DEV: status of model %s is %s", row.model_id, row.payload.get("status"))
-        return Reply(200)
+        return Reply(200, instead=NO_HUB)
 
 
 def transport_for(settings: Settings, tracing: Tracing | None = None) -> Transport:
@@ -800,7 +802,9 @@ class Dispatcher:
 
     def _on_rejected(self, row: OutboxRow, reply: Reply, now: float) -> None:
         facts = tuple(_end_facts(row, "rejected"))
-        self._settle(row, now, "rejected", reply.outcome, facts, problem="hub_rejected")
+        # A refused metric or log is counted; only a refused status leaves the hub with a wrong picture of the run.
+        problem = "hub_rejected" if row.kind == "status" else None
+        self._settle(row, now, "rejected", reply.outcome, facts, problem=problem)
         if reply.unsendable:
             report("hub", reply.outcome, f"a {row.kind} of model {row.model_id} cannot be sent and was given up")
         elif row.kind == "status" or self._quiet.allows(f"{row.kind} {reply.outcome}"):

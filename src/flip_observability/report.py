@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from flip_observability.constants import FlareEvents, ModelStatus, OwnEvents
+from flip_observability.constants import NO_HUB, FlareEvents, ModelStatus, OwnEvents
 from flip_observability.ledger import OutboxRow
 from flip_observability.lifecycle import CLIENT_TASK, RESULTS_UPLOAD, ROUND, Effects, Event, RunState, Span
 
@@ -26,6 +26,8 @@ OPEN, CUT_OFF, DONE, FAILED, LATE = "open", "cut off", "done", "failed", "late"
 FRUITLESS = frozenset({"rejected", "expired", "dropped"})
 """States of an outbox row that the hub never took, and that may be tried again."""
 
+_DELIVERED = {NO_HUB: "no hub"}
+"""How it is called that a row was delivered, where what answered was not the hub."""
 _RUN_OVER = frozenset({FlareEvents.END_RUN.value, OwnEvents.FINAL_STATUS.value, OwnEvents.ORPHANED.value})
 _ROUND_OVER = frozenset({FlareEvents.ROUND_STARTED.value, FlareEvents.ROUND_DONE.value})
 
@@ -38,7 +40,8 @@ class HubAnswer:
     """What became of one message to the hub.
 
     Args:
-        state: ``accepted``, ``pending``, ``rejected``, ``expired``, ``superseded``, ``dropped``, or ``not sent``.
+        state: ``accepted``, ``no hub`` (there was none to ask), ``pending``, ``rejected``, ``expired``, ``superseded``,
+            ``dropped``, or ``not sent``.
         at: when that was settled; None while it is pending.
         attempts: how often it was sent.
         next_attempt: when a pending one is due, if it has to wait.
@@ -265,7 +268,7 @@ def hub_answer(row: OutboxRow) -> HubAnswer:
     """What became of a row of the outbox."""
     pending = row.state == "pending"
     return HubAnswer(
-        state="accepted" if row.state == "delivered" else row.state,
+        state=_DELIVERED.get(row.outcome or "", "accepted") if row.state == "delivered" else row.state,
         at=None if pending else moment(row.done),
         attempts=row.attempts,
         next_attempt=moment(row.next_attempt) if pending and row.next_attempt > 0 else None,

@@ -225,7 +225,9 @@ def _hub(answer: HubAnswer) -> Text:
     parts = [answer.state]
     if answer.at is not None:
         parts.append(local_time(answer.at))
-    if answer.answer and answer.state != "accepted":
+    if answer.state == "no hub":
+        parts[0] += f" ({safe(answer.answer)})"
+    elif answer.answer and answer.state != "accepted":
         parts.append(f"last answer {safe(answer.answer)}")
     if answer.attempts > 1 or (answer.attempts and answer.state == "pending"):
         parts.append(f"{answer.attempts} attempts")

@@ -35,7 +35,7 @@ def outbox_list(
         out = console()
         out.print(tables.outbox_table(lines, out.width))
     else:
-        typer.echo("The outbox is empty." if everything else "The hub has accepted everything.")
+        typer.echo("The outbox is empty." if everything else "Nothing is left that the hub has to be told.")
 
 
 IdsArgument = Annotated[list[int] | None, typer.Argument(metavar="ID...", help="Ids that outbox list shows.")]
