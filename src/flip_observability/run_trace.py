@@ -165,8 +165,13 @@ def complete_traces(
     gone = is_gone or (lambda run: _is_gone(run, now))
     done = 0
     for run in ledger.untraced_runs(now - REMAINS_SECONDS):
-        if gone(run):
-            done += complete_trace(ledger, run["run_id"], tracing)
+        try:
+            if gone(run):
+                done += complete_trace(ledger, run["run_id"], tracing)
+        except LedgerError:  # noqa: PERF203 - one damaged run may not hold up those behind it
+            raise
+        except Exception as error:  # noqa: BLE001 - a damaged history can raise anything
+            report("tracing", error, f"the trace of run {run['run_id']} cannot be completed")
     return done
 
 
