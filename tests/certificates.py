@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+DAY = datetime.timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -31,18 +33,20 @@ class Authority:
         self.certificate = folder / f"{name}.pem"
         self.certificate.write_bytes(self._sign(name, self._key, authority=True))
 
-    def issue(self, name: str, *, password: bytes | None = None) -> Pair:
-        """Make or renew the certificate of that name."""
+    def issue(self, name: str, *, password: bytes | None = None, ends_in: datetime.timedelta = DAY) -> Pair:
+        """Make or renew the certificate of that name. It began a day ago; one that ``ends_in`` the past has expired."""
         key = ec.generate_private_key(ec.SECP256R1())
         pair = Pair(self._folder / f"{name}.crt", self._folder / f"{name}.key")
         encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
         pair.key.write_bytes(
             key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
         )
-        pair.certificate.write_bytes(self._sign(name, key, authority=False))
+        pair.certificate.write_bytes(self._sign(name, key, authority=False, ends_in=ends_in))
         return pair
 
-    def _sign(self, name: str, key: ec.EllipticCurvePrivateKey, *, authority: bool) -> bytes:
+    def _sign(
+        self, name: str, key: ec.EllipticCurvePrivateKey, *, authority: bool, ends_in: datetime.timedelta = DAY
+    ) -> bytes:
         now = datetime.datetime.now(datetime.timezone.utc)
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
         return (
@@ -51,8 +55,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(now - DAY)
+            .not_valid_after(now + ends_in)
             .add_extension(x509.SubjectAlternativeName([address]), critical=False)
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
             .sign(self._key, hashes.SHA256())
