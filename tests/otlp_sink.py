@@ -1,9 +1,14 @@
-"""A receiver of OTLP traces in this process, gRPC or HTTP/protobuf, as good or as bad as a test wants it."""
+"""A receiver of OTLP traces, gRPC or HTTP/protobuf, as good or as bad as a test wants it.
+
+In this process, or as one of its own: `python otlp_sink.py` takes OTLP over HTTP, prints where, and serves until its
+input ends; then it prints how many spans came.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -207,3 +212,14 @@ def check_trace(spans: list[Received], run_id: str) -> Received:
         for event in span.events:
             assert span.start <= event["time"] <= span.end
     return roots[0]
+
+
+def main() -> None:
+    with OtlpSink("http/protobuf") as sink:
+        print(f"http://127.0.0.1:{sink.port}/v1/traces", flush=True)
+        sys.stdin.read()
+        print(len(sink.spans), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,5 @@
-"""An S3 endpoint that keeps nothing but checksums: `python s3_sink.py [SECONDS]` prints its port and serves until its
-input ends. SECONDS are waited before each part is read.
+"""An S3 endpoint that keeps nothing but checksums: `python s3_sink.py [SECONDS [lenient]]` prints its port and serves
+until its input ends. SECONDS are waited before each part is read. A lenient one takes uploads without checksums, too.
 
 It takes multipart uploads of any size, checks every part's CRC-32, the whole's, and the size, as S3 does, and answers
 HEAD with what it computed.
@@ -41,6 +41,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     lock = threading.Lock()
     delay = 0.0
+    lenient = False
     parts: dict[int, tuple[int, int]] = {}  # noqa: RUF012 - one upload at a time
     stored: dict[str, str] = {}  # noqa: RUF012
 
@@ -56,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
             part_crc, part_size = self.parts[number]
             size, crc = size + part_size, join(crc, part_crc, part_size)
         asked = (self.headers.get("x-amz-checksum-crc32"), self.headers.get("x-amz-mp-object-size"))
-        if asked != (text(crc), str(size)) or self.headers.get("x-amz-checksum-type") != "FULL_OBJECT":
+        complete = asked == (text(crc), str(size)) and self.headers.get("x-amz-checksum-type") == "FULL_OBJECT"
+        if not complete and not (self.lenient and asked == (None, None)):
             self._error("BadDigest")
             return
         self.stored.update(size=str(size), crc=text(crc))
@@ -71,7 +73,8 @@ class Handler(BaseHTTPRequestHandler):
             if not got:
                 return
             crc, left = zlib.crc32(buffer[:got], crc), left - got
-        if self.headers.get("x-amz-checksum-crc32") != text(crc):
+        given = self.headers.get("x-amz-checksum-crc32")
+        if given != text(crc) and not (self.lenient and given is None):
             self._error("BadDigest")
             return
         match = re.search(r"partNumber=(\d+)", self.path)
@@ -106,6 +109,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     Handler.delay = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
+    Handler.lenient = sys.argv[2:] == ["lenient"]
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
