@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: collector collector-if-possible stack stack-down dashboards picture help setup demo test lint fmt clean prometheus-tools
+.PHONY: bench bench-quick bench-plots collector collector-if-possible stack stack-down dashboards picture help setup demo test lint fmt clean prometheus-tools
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -60,6 +60,15 @@ dashboards: $(STAMP) ## write the Grafana dashboards' JSON and the alert rules f
 
 picture: $(STAMP) ## have a real run and draw its dashboard: docs/dashboard.svg (needs Prometheus)
 	PYTHONPATH=.:tests "$(BIN)/python" -m dashboards.picture
+
+bench: $(STAMP) ## measure against NVFLARE's collector and FLIP's upload; benchmarks/results.json (under 30 minutes)
+	"$(BIN)/python" -m benchmarks $(ARGS)
+
+bench-quick: $(STAMP) ## a quick look at the same figures (under 3 minutes)
+	"$(BIN)/python" -m benchmarks --quick --output "$${TMPDIR:-/tmp}/flip-bench-quick.json" $(ARGS)
+
+bench-plots: $(STAMP) ## draw docs/performance-*.svg from benchmarks/results.json
+	"$(BIN)/python" -m benchmarks.plots
 
 clean: ## remove the virtual environment and what tools left
 	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.* htmlcov dist build
