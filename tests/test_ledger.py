@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -178,12 +179,54 @@ def test_retention_keeps_what_the_hub_has_not_accepted(tmp_path: Path) -> None:
 
 
 def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
-    with Ledger(tmp_path / "new") as ledger:
+    folder = tmp_path / "new" / "ledger"
+    with Ledger(folder) as ledger:
         send(ledger, "INITIATED")
-        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
         assert set(modes.values()) == {0o600}
-        assert "ledger.db-wal" in modes
-        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+        assert {"ledger.db-wal", "ledger.db-shm"} <= set(modes)
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)] == [0o700] * 2
+
+
+def test_a_link_to_a_ledger_that_is_not_there_yet(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "ledger.db").symlink_to(tmp_path / "disk" / "ledger.db")
+    with Ledger(tmp_path) as ledger:
+        send(ledger, "INITIATED")
+    assert stat.S_IMODE((tmp_path / "disk" / "ledger.db").stat().st_mode) == 0o600
+
+
+def test_the_runs_own_files_get_the_mode_that_the_run_wants(tmp_path: Path) -> None:
+    """The umask is the whole process's: nobody may notice that ledgers are opened meanwhile."""
+    over = threading.Event()
+
+    def open_ledgers(name: str) -> None:
+        number = 0
+        while not over.is_set():
+            Ledger(tmp_path / name / str(number)).close()
+            number += 1
+
+    threads = [threading.Thread(target=open_ledgers, args=(name,)) for name in "abc"]
+    old = os.umask(0o022)
+    try:
+        for thread in threads:
+            thread.start()
+        modes: set[int] = set()
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            path = tmp_path / f"of-the-run-{len(modes)}"
+            path.touch()
+            modes.add(stat.S_IMODE(path.stat().st_mode))
+            path.unlink()
+        over.set()
+        for thread in threads:
+            thread.join()
+        path = tmp_path / "later"
+        path.touch()
+        assert modes | {stat.S_IMODE(path.stat().st_mode)} == {0o644}
+    finally:
+        over.set()
+        os.umask(old)
 
 
 def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:

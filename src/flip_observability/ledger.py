@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sqlite3
+import stat
 import threading
 import time
 import uuid
@@ -292,16 +293,15 @@ class Ledger:
             target, uri = f"{self.path.absolute().as_uri()}?mode=ro", True
         else:
             target, uri = str(self.path), False
-        # The mode is set by the umask: opening the file a second time to change it would drop SQLite's locks on close.
-        with _umask(0o077):
-            db = sqlite3.connect(
-                target, timeout=self._busy_ms / 1000, isolation_level=None, check_same_thread=False, uri=uri
-            )
-            db.row_factory = sqlite3.Row
-            db.text_factory = _text
-            db.execute(f"PRAGMA busy_timeout={self._busy_ms}")
-            if not read_only:
-                self._prepare(db)
+            _make_private_file(self.path)
+        db = sqlite3.connect(
+            target, timeout=self._busy_ms / 1000, isolation_level=None, check_same_thread=False, uri=uri
+        )
+        db.row_factory = sqlite3.Row
+        db.text_factory = _text
+        db.execute(f"PRAGMA busy_timeout={self._busy_ms}")
+        if not read_only:
+            self._prepare(db)
         return db
 
     def _prepare(self, db: sqlite3.Connection) -> None:
@@ -904,8 +904,7 @@ def file_system_of(directory: Path) -> str:
 
 def _prepare_directory(directory: Path) -> None:
     try:
-        with _umask(0o077):
-            directory.mkdir(parents=True, exist_ok=True)
+        _make_private_folder(directory)
         kind = file_system_of(directory)
     except OSError as error:
         raise LedgerError(
@@ -963,13 +962,21 @@ def _explained(directory: Path | None) -> Iterator[None]:
         raise LedgerError(text) from error
 
 
-@contextlib.contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    old = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(old)
+def _make_private_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, for their owner only. ``mkdir`` gives its mode to the last."""
+    if not folder.parent.exists():
+        _make_private_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _make_private_file(path: Path) -> None:
+    """Make the file, empty, for its owner only; SQLite gives the mode to the files that it puts beside it.
+
+    Not by opening it: when that descriptor is closed, SQLite's locks of this process are gone. And not by the umask: it
+    is the whole process's, so that two threads which change it at once can leave the run with the wrong one.
+    """
+    with contextlib.suppress(OSError):  # it is there, or cannot be made, which SQLite will say better
+        os.mknod(os.path.realpath(path), stat.S_IFREG | 0o600)
 
 
 def _heartbeat(rows: list[sqlite3.Row]) -> tuple[str, float] | None:
