@@ -1,0 +1,54 @@
+"""Plays drills, one after the other, and has each judged."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from drills.judge import Drill, Outcome, Skip, judge
+from drills.stage import Shared, Stage
+
+
+def choose(drills: Iterable[Drill], names: Sequence[str], *, quick: bool) -> list[Drill]:
+    """The drills of these names or groups; all when there are none. ``quick``: of the quick subset only."""
+    chosen = [drill for drill in drills if not names or drill.name in names or drill.group in names]
+    return [drill for drill in chosen if drill.quick] if quick and not names else chosen
+
+
+def play(drill: Drill, shared: Shared, seed: int, *, full: bool) -> Outcome:
+    """Play one drill. What it raises is a failure of the drill."""
+    outcome = Outcome(drill, seed)
+    begun = time.monotonic()
+    # Each drill has moments of its own, whichever are played beside it.
+    own = seed ^ zlib.crc32(drill.name.encode())
+    with Stage(shared, own, full=full) as stage:
+        try:
+            judge(drill, drill.play(stage), stage, outcome)
+        except Skip as reason:
+            outcome.skipped = str(reason)
+        except Exception as error:  # noqa: BLE001 - the drills behind it are played all the same
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            outcome.differences.append(f"{type(error).__name__} in {where.name}, line {where.lineno}: {error}"[:2_000])
+            outcome.notes += stage.notes
+    outcome.took = time.monotonic() - begun
+    return outcome
+
+
+def run_all(drills: Sequence[Drill], home: Path, seed: int, *, full: bool, console: Console) -> list[Outcome]:
+    """Play drills and say how each went as soon as it is known."""
+    logging.getLogger("flip_observability").setLevel(logging.CRITICAL)  # complaints are the point of it
+    outcomes = []
+    with Shared(home / "site") as shared:
+        for drill in drills:
+            outcome = play(drill, shared, seed, full=full)
+            outcomes.append(outcome)
+            console.print(f"{drill.name:24} {outcome.verdict:6} {outcome.took:6.1f} s", markup=False)
+            for difference in outcome.differences:
+                console.print(f"    {difference}", markup=False, soft_wrap=True)
+    return outcomes

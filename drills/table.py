@@ -1,0 +1,8 @@
+"""All drills, in the order in which they are played."""
+
+from __future__ import annotations
+
+from drills import aborts, deaths
+from drills.judge import Drill
+
+DRILLS: tuple[Drill, ...] = (*deaths.DRILLS, *aborts.DRILLS)
