@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import threading
@@ -17,14 +18,19 @@ import numpy as np
 import psutil
 import pytest
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext, FLContextManager
+from nvflare.apis.signal import Signal
 from nvflare.apis.workspace import Workspace
 
+import flare_run
 from flip_observability import errors
+from flip_observability.client import detach
 from flip_observability.demo.scenarios import MODEL_FILE
-from flip_observability.ledger import Entry, Ledger
+from flip_observability.ledger import JUDGE, Entry, Ledger
+from flip_observability.nvflare.components import ServerEventHandler, ValidationJsonGenerator
 from flip_observability.nvflare.server_observer import ServerObserver, _configured_model_id, _Registrar
+from flip_observability.process import current_process
 from flip_observability.settings import Settings
 from flip_observability.utils import is_valid_uuid
 from poc import Poc, poc_site, wait_until
@@ -237,6 +243,65 @@ def test_a_registrar_that_is_overrun_counts_and_never_waits(tmp_path: Path, monk
     held.set()
     registrar.close()
     wait_until(lambda: not any(t.name == "flip-registrar" for t in threading.enumerate()), 10, "its thread has ended")
+
+
+# -- what a job process leaves to it -----------------------------------------------------------------------------------
+
+
+def claim_for(directory: Path, token: str, age: float = 0.0) -> None:
+    with Ledger(directory) as ledger:
+        assert ledger.claim_observer(token, time.time() - age)
+
+
+class NothingToUpload:
+    model_id = MODEL
+
+    def execute(self, fl_ctx: FLContext) -> None:
+        """There are no results."""
+
+
+HERE, GONE = current_process(), dataclasses.replace(current_process(), start_ticks=1)
+AWAY = dataclasses.replace(HERE, pid_ns="pid:[1]")
+
+
+@pytest.mark.parametrize(
+    ("owner", "age", "left"),
+    [
+        pytest.param(None, 0.0, False, id="nobody"),
+        pytest.param(f"{HERE.token()}|x{JUDGE}", 0.0, True, id="a judge"),
+        pytest.param(f"{HERE.token()}|x", 0.0, False, id="an observer that hears nothing of jobs"),
+        pytest.param(f"{GONE.token()}|x{JUDGE}", 0.0, False, id="a judge that died"),
+        pytest.param(f"{AWAY.token()}|x{JUDGE}", 0.0, True, id="a judge in another container"),
+        pytest.param(f"{AWAY.token()}|x{JUDGE}", 31.0, False, id="a judge in a container that is no more"),
+    ],
+)
+@pytest.mark.parametrize("fatal", [False, True])
+def test_an_abort_is_judged_by_who_can_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str | None, age: float, left: bool, fatal: bool
+) -> None:
+    """Rule 5: with an observer in the parent process the job process leaves the status to it; else it says STOPPED."""
+    monkeypatch.setenv("LOCAL_DEV", "true")
+    monkeypatch.setenv("FLIP_OBSERVABILITY_DIR", str(tmp_path / "ledger"))
+    if owner is not None:
+        claim_for(tmp_path / "ledger", owner, age)
+    run = flare_run.Run(tmp_path / "server")
+    run.components |= {"json_generator": ValidationJsonGenerator(), "persist_and_cleanup": NothingToUpload()}
+    handler = ServerEventHandler(MODEL)
+    signal = Signal()
+    signal.trigger("abort")
+    events = [EventType.START_RUN, *([EventType.FATAL_SYSTEM_ERROR] if fatal else [])]
+    for event in (*events, EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
+        handler.handle_event(event, run.context(**{ReservedKey.RUN_ABORT_SIGNAL: signal}))
+    detach()
+    with Ledger(tmp_path / "ledger") as ledger:
+        row = ledger.run(flare_run.JOB_ID)
+        told = [item.payload["status"] for item in ledger.outbox(run_id=flare_run.JOB_ID, kind="status")]
+    assert row is not None
+    final = "ERROR" if fatal else None if left else "STOPPED"
+    assert row["final_status"] == final
+    assert told == ([final] if final else [])
+    assert row["intent"] == ("ERROR" if fatal else "ABORT_UNRESOLVED")
+    assert row["ended"] == (final is not None)
 
 
 # -- a real site -------------------------------------------------------------------------------------------------------
