@@ -7,10 +7,11 @@ import random
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from drills.bench import Bench, BenchOptions
 from drills.site import Site
+from drills.small import SmallSite
 from flip_observability.constants import FlareEvents
 from flip_observability.ledger import FILE_NAME, Ledger, LedgerError
 
@@ -100,6 +101,13 @@ class Stage:
         bench = self._stack.enter_context(Bench(folder, self.times, options or BenchOptions()))
         self._places.append(bench)
         return bench
+
+    def small(self, **options: Any) -> SmallSite:
+        """A new small site, whose jobs start in a moment; options as for :class:`~drills.small.SmallSite`."""
+        folder = self.home / f"small-{len(self._places)}"
+        small = self._stack.enter_context(SmallSite(folder, self.times, **options))
+        self._places.append(small)
+        return small
 
     # -- for the judge -----------------------------------------------------------------------------------------------
 
