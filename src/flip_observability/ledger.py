@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -381,14 +382,17 @@ class Ledger:
 
     # -- transactions ------------------------------------------------------------------------------------------------
 
+    def _begin(self, durable: bool) -> None:
+        level = "FULL" if durable else "NORMAL"
+        if level != self._synchronous:
+            self._db.execute(f"PRAGMA synchronous={level}")
+            self._synchronous = level
+        self._db.execute("BEGIN IMMEDIATE")
+
     @contextlib.contextmanager
     def _transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
         with self._lock, _explained(self.directory):
-            level = "FULL" if durable else "NORMAL"
-            if level != self._synchronous:
-                self._db.execute(f"PRAGMA synchronous={level}")
-                self._synchronous = level
-            self._db.execute("BEGIN IMMEDIATE")
+            self._begin(durable)
             try:
                 yield self._db
                 self._db.execute("COMMIT")
@@ -429,28 +433,18 @@ class Ledger:
                     self._insert_outbox(db, entry, item)
             return won
 
-    def _upsert_run(self, db: sqlite3.Connection, entry: Entry) -> None:
-        columns = dict(entry.run)
-        if not columns.keys() <= RUN_COLUMNS:
-            raise ValueError(f"Not columns of a run: {sorted(columns.keys() - RUN_COLUMNS)}")
+    @staticmethod
+    def _upsert_run(db: sqlite3.Connection, entry: Entry) -> None:
+        names = tuple(entry.run)
+        update, insert = _run_statements(names)
         if entry.problems:
             # Merged, not set: the dispatcher adds problems of its own from other processes.
             db.execute("INSERT OR IGNORE INTO runs (run_id, created) VALUES (?, ?)", (entry.run_id, entry.time))
             problems = json.dumps(dict(entry.problems))
             db.execute(f"UPDATE runs SET problems = {_PROBLEMS} WHERE run_id = ?", (problems, entry.run_id))
-        names = list(columns)
-        # A run that somebody finalised keeps that status, whatever a late event of its job process says.
-        assignments = ", ".join(
-            "status = coalesce(final_status, ?)" if name == "status" else f"{name} = ?" for name in names
-        )
-        values = [columns[name] for name in names]
-        if names and db.execute(f"UPDATE runs SET {assignments} WHERE run_id = ?", [*values, entry.run_id]).rowcount:
-            return
-        marks = ", ".join("?" * (len(names) + 2))
-        db.execute(
-            f"INSERT OR IGNORE INTO runs ({', '.join(['run_id', 'created', *names])}) VALUES ({marks})",
-            [entry.run_id, entry.time, *values],
-        )
+        values = entry.run.values()
+        if not names or not db.execute(update, (*values, entry.run_id)).rowcount:
+            db.execute(insert, (entry.run_id, entry.time, *values))
 
     def _claim_final(self, db: sqlite3.Connection, entry: Entry) -> bool:
         if entry.final_status is None:
@@ -477,7 +471,10 @@ class Ledger:
         event = entry.event
         db.execute(
             "INSERT OR IGNORE INTO events (uid, run_id, time, name, attrs, facts) VALUES (?, ?, ?, ?, ?, ?)",
-            (event.uid, entry.run_id, event.time, event.name, _dump(dict(event.attrs)), _dump(facts)),
+            (
+                *(event.uid, entry.run_id, event.time, event.name),
+                *(_dump(dict(event.attrs)), _dump(facts) if facts else "[]"),
+            ),
         )
 
     @staticmethod
@@ -1004,8 +1001,28 @@ def _state_row(row: sqlite3.Row) -> tuple[str, str, str]:
     return name, labels, value
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+_dump = json.JSONEncoder(separators=(",", ":")).encode
+"""``json.dumps`` would make an encoder for every event."""
+
+
+@functools.lru_cache(maxsize=256)
+def _run_statements(names: tuple[str, ...]) -> tuple[str, str]:
+    """How a run's columns are updated, and inserted.
+
+    Raises:
+        ValueError: for what is no column that an entry may set.
+    """
+    if not RUN_COLUMNS.issuperset(names):
+        raise ValueError(f"Not columns of a run: {sorted(set(names) - RUN_COLUMNS)}")
+    # A run that somebody finalised keeps that status, whatever a late event of its job process says.
+    assignments = ", ".join(
+        "status = coalesce(final_status, ?)" if name == "status" else f"{name} = ?" for name in names
+    )
+    marks = ", ".join("?" * (len(names) + 2))
+    return (
+        f"UPDATE runs SET {assignments} WHERE run_id = ?",
+        f"INSERT OR IGNORE INTO runs ({', '.join(['run_id', 'created', *names])}) VALUES ({marks})",
+    )
 
 
 def _text(raw: bytes) -> str:

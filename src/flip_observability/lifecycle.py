@@ -230,15 +230,17 @@ class RunState:
     _round_clients: set[str] = field(default_factory=set)
     _round_returned: int = 0
     _round_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    _stall_after: float | None = None
     _open: dict[str, _OpenSpan] = field(default_factory=dict)
     _late: dict[str, _OpenSpan] = field(default_factory=dict)
 
     @property
     def stall_after(self) -> float:
         """Seconds without an event after which the run counts as stalled."""
-        if not self._round_seconds:
-            return FIRST_ROUND_STALL_SECONDS
-        return 3 * statistics.median(self._round_seconds)
+        if self._stall_after is None:  # computed when a round has ended, not with every event
+            seconds = self._round_seconds
+            self._stall_after = 3 * statistics.median(seconds) if seconds else FIRST_ROUND_STALL_SECONDS
+        return self._stall_after
 
     @property
     def open_spans(self) -> tuple[str, ...]:
@@ -426,6 +428,7 @@ class RunState:
     def _round_over(self, span: _OpenSpan, end: float, effects: Effects) -> None:
         seconds = end - span.start
         self._round_seconds.append(seconds)
+        self._stall_after = None
         self.round_results = self._round_returned
         expected = len(self._round_clients)
         effects.facts.append(("round_duration", seconds, {}))

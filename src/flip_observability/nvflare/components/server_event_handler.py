@@ -72,7 +72,8 @@ class ServerEventHandler(UsesFlip, FLComponent):
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Take one event of NVFLARE's; most are none of ours and cost a look-up."""
         try:
-            self._look_up(fl_ctx)
+            if not self._looked_up:
+                self._look_up(fl_ctx)
             if self._drives_generator:
                 self._drive_generator(event_type, fl_ctx)
             if event_type in TABLE:
@@ -162,7 +163,7 @@ class ServerEventHandler(UsesFlip, FLComponent):
     # -- events ------------------------------------------------------------------------------------------------------
 
     def _take(self, event_type: str, fl_ctx: FLContext) -> None:
-        recorder = self._recorder_for(fl_ctx)
+        recorder = self._recorder or self._recorder_for(fl_ctx)
         row = TABLE[event_type]
         if row.log is not None:
             self.log_info(fl_ctx, row.log, fire_event=False)
