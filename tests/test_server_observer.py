@@ -163,6 +163,18 @@ def test_a_run_is_registered_when_its_job_gets_its_id(server: Server) -> None:
     assert row["run_dir"] == str(server.root / JOB)
 
 
+def test_a_job_that_is_registered_is_watched_at_once(server: Server) -> None:
+    server.fire(EventType.SYSTEM_START)
+    observer = server.component.observer
+    assert observer is not None
+    wait_until(lambda: observer.active and observer.last_successes()["sentinel"], 10, "a sweep of nothing")
+    time.sleep(0.5)  # from now on it sleeps for a minute
+    begun = time.time()
+    server.fire(EventType.SUBMIT_JOB, **{FLContextKey.JOB_META: {"name": MODEL, "job_id": JOB}})
+    wait_until(lambda: server.row(JOB), 10, "the run is registered")
+    wait_until(lambda: observer.last_successes()["sentinel"] > begun, 10, "another sweep")
+
+
 def test_a_job_that_is_refused_is_never_registered_and_holds_up_no_other(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,8 @@ class ServerObserver(FLComponent):
                 judge=True,
             )
             self._sentinel.on_final = lambda: observer.nudge("dispatcher")
-            self._registrar = _Registrar(settings, directory, root)
+            # A sentinel that had nothing to do looks once a minute: too late for a job that is aborted in the queue.
+            self._registrar = _Registrar(settings, directory, root, lambda: observer.nudge("sentinel"))
             observer.start()
             self._observer = observer
         self.log_info(fl_ctx, f"Observing runs; the ledger is in {directory}", fire_event=False)
@@ -246,10 +247,14 @@ class _Registrar:
         settings: of this server.
         directory: the ledger's folder.
         root: the server's workspace.
+        on_registered: called when there is a new run.
     """
 
-    def __init__(self, settings: Settings, directory: Path, root: Path) -> None:
+    def __init__(
+        self, settings: Settings, directory: Path, root: Path, on_registered: Callable[[], None] = lambda: None
+    ) -> None:
         self._settings, self._directory, self._root = settings, directory, root
+        self._on_registered = on_registered
         self._jobs: queue.Queue[dict[str, Any] | str | None] = queue.Queue(MAX_WAITING)
         self._without_id: deque[tuple[dict[str, Any], float]] = deque(maxlen=MAX_WAITING)
         self._closed = threading.Event()
@@ -341,6 +346,8 @@ class _Registrar:
             columns["model_id"] = model_id  # what the process itself found, it knows better
         if columns:
             ledger.append(Entry(run_id, time.time(), run=columns))
+        if row is None:
+            self._on_registered()
 
 
 def _configs(run_dir: Path) -> Iterator[tuple[bytes, ConfigFormat]]:
