@@ -451,6 +451,19 @@ def test_what_is_rejected_is_noted_and_not_sent_again(
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR] == [message]
 
 
+def test_the_text_of_a_log_is_kept_only_until_the_hub_has_it(hub: EmbeddedHub, ledger: Ledger) -> None:
+    payload = {"client": "site-1", "log": "cannot read canary-4711"}
+    ledger.append(Entry(new_id(), T0, outbox=(OutboxItem(new_id(), "log", payload),)))
+    hub.fail_with(503, times=1)
+    dispatcher = dispatcher_for(hub, ledger)
+    dispatcher.run_once(T0)
+    assert [row.payload for row in ledger.outbox()] == [payload]
+    simulate(dispatcher, T0 + 1, T0 + 60)
+    (row,) = ledger.outbox()
+    assert (row.state, row.payload) == ("delivered", {"client": "site-1"})
+    assert "canary-4711" in repr(hub.records)
+
+
 @pytest.mark.parametrize("kind", ["metric", "log"])
 def test_only_a_rejected_status_is_a_problem_of_its_run(kind: str, hub: EmbeddedHub, ledger: Ledger) -> None:
     model, run = new_id(), new_id()
