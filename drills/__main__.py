@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the subset that is part of the tests, in small")
     parser.add_argument("--times", type=int, default=1, help="how often, each time with the next seed")
     parser.add_argument("--write-docs", action="store_true", help="put the (last) table into docs/reliability.md")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep ledgers and logs of drills that fail")
     parser.add_argument("--list", action="store_true", help="only name them")
     arguments = parser.parse_args(argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     passed = True
     for seed in range(first, first + arguments.times):
         with tempfile.TemporaryDirectory(prefix="flip-drills-") as home:
-            outcomes = run_all(drills, Path(home), seed, full=not arguments.quick, console=console)
+            outcomes = run_all(drills, Path(home), seed, full=not arguments.quick, console=console, keep=arguments.keep)
         show(outcomes, console)
         passed = passed and all(outcome.passed for outcome in outcomes)
     if arguments.write_docs:

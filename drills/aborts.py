@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from flip_observability.demo.scenarios import SCENARIOS
 from poc import wait_until
 from s3_faults import Fault, FaultProxy, Request, Response
 
-SLOW_SECONDS = 4.0
+SLOW_SECONDS = 15.0
 """For each part of an upload that NVFLARE ends after 10 s."""
 
 
@@ -94,6 +95,8 @@ def in_a_slow_upload(stage: Stage) -> Sequence[Run]:
     process = site.wait_for_job_process(run.job_id)
     site.admin.abort_job(run.job_id)
     wait_until(lambda: not process.is_running() or process.status() == "zombie", 60, "NVFLARE ends the process")
+    assert not site.final_statuses(run.model_id), "the upload was not slow enough"
+    site.proxy.faults.clear()
     run.since = time.time()
     return [run]
 
@@ -150,8 +153,6 @@ def _unsafe(job: Path) -> Path:
 
 
 def _new_model(stage: Stage) -> str:
-    import uuid
-
     return str(uuid.UUID(int=stage.rng.getrandbits(128), version=4))
 
 

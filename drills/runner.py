@@ -21,8 +21,16 @@ def choose(drills: Iterable[Drill], names: Sequence[str], *, quick: bool) -> lis
     return [drill for drill in chosen if drill.quick] if quick and not names else chosen
 
 
-def play(drill: Drill, shared: Shared, seed: int, *, full: bool) -> Outcome:
-    """Play one drill. What it raises is a failure of the drill."""
+def play(drill: Drill, shared: Shared, seed: int, *, full: bool, keep: Path | None = None) -> Outcome:
+    """Play one drill. What it raises is a failure of the drill.
+
+    Args:
+        drill: to be played.
+        shared: across drills.
+        seed: of this round of drills.
+        full: whether it is to be played in full.
+        keep: a folder for the ledgers and logs of a drill that failed.
+    """
     outcome = Outcome(drill, seed)
     begun = time.monotonic()
     # Each drill has moments of its own, whichever are played beside it.
@@ -36,17 +44,21 @@ def play(drill: Drill, shared: Shared, seed: int, *, full: bool) -> Outcome:
             where = traceback.extract_tb(error.__traceback__)[-1]
             outcome.differences.append(f"{type(error).__name__} in {where.name}, line {where.lineno}: {error}"[:2_000])
             outcome.notes += stage.notes
+        if keep is not None and not outcome.passed:
+            stage.keep(keep / f"{drill.name}-{seed}")
     outcome.took = time.monotonic() - begun
     return outcome
 
 
-def run_all(drills: Sequence[Drill], home: Path, seed: int, *, full: bool, console: Console) -> list[Outcome]:
+def run_all(
+    drills: Sequence[Drill], home: Path, seed: int, *, full: bool, console: Console, keep: Path | None = None
+) -> list[Outcome]:
     """Play drills and say how each went as soon as it is known."""
     logging.getLogger("flip_observability").setLevel(logging.CRITICAL)  # complaints are the point of it
     outcomes = []
     with Shared(home / "site") as shared:
         for drill in drills:
-            outcome = play(drill, shared, seed, full=full)
+            outcome = play(drill, shared, seed, full=full, keep=keep)
             outcomes.append(outcome)
             console.print(f"{drill.name:24} {outcome.verdict:6} {outcome.took:6.1f} s", markup=False)
             for difference in outcome.differences:

@@ -1,15 +1,15 @@
-"""Where drills are played: one shared NVFLARE site, benches without a federation, and what the judge asks."""
+"""Where drills are played: one shared NVFLARE site, small sites without a federation, what the judge asks."""
 
 from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from drills.bench import Bench, BenchOptions
 from drills.site import Site
 from drills.small import SmallSite
 from flip_observability.constants import FlareEvents
@@ -95,13 +95,6 @@ class Stage:
             self._stack.callback(site.heal)
         return site
 
-    def bench(self, options: BenchOptions | None = None) -> Bench:
-        """A new bench."""
-        folder = self.home / f"bench-{len(self._places)}"
-        bench = self._stack.enter_context(Bench(folder, self.times, options or BenchOptions()))
-        self._places.append(bench)
-        return bench
-
     def small(self, **options: Any) -> SmallSite:
         """A new small site, whose jobs start in a moment; options as for :class:`~drills.small.SmallSite`."""
         folder = self.home / f"small-{len(self._places)}"
@@ -131,6 +124,14 @@ class Stage:
                 if path.is_file() and self.secret_in(path.read_bytes()):
                     yield "the ledger" if path.name.startswith(FILE_NAME) else path.name
             yield from (name for name, text in place.texts().items() if self.secret_in(text))
+
+    def keep(self, folder: Path) -> None:
+        """Copy ledgers and logs, for whoever wants to know what went wrong."""
+        for number, place in enumerate(self._places):
+            kept = folder / str(number)
+            shutil.copytree(place.ledger_dir, kept, dirs_exist_ok=True)
+            for name, text in place.texts().items():
+                (kept / f"{name.replace(' ', '-')}.txt").write_bytes(text)
 
     def unfinished_uploads(self) -> list[str]:
         """Keys of multipart uploads that nobody ended."""

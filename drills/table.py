@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drills import aborts, deaths
+from drills import aborts, deaths, observers
 from drills.judge import Drill
 
-DRILLS: tuple[Drill, ...] = (*deaths.DRILLS, *aborts.DRILLS)
+DRILLS: tuple[Drill, ...] = (*deaths.DRILLS, *observers.DRILLS, *aborts.DRILLS)
