@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from http.cookiejar import DefaultCookiePolicy
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
-
-import requests
-from requests.adapters import HTTPAdapter
-from requests.cookies import RequestsCookieJar
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError, HTTPError
 
 from flip_observability.constants import NO_HUB, ModelStatus
 from flip_observability.errors import QUIET_SECONDS, report
@@ -44,8 +32,8 @@ from flip_observability.tracing import Tracing, has_trace, shared
 from flip_observability.utils import canonical_uuid
 
 if TYPE_CHECKING:
+    from flip_observability._wire import Wire
     from flip_observability.client import FLIP as FLIP  # noqa: PLC0414 - an export
-    from flip_observability.client_spans import ClientSpans
 else:
 
     def __getattr__(name: str) -> Any:
@@ -64,8 +52,6 @@ TOTAL_SECONDS = 10.0
 """A whole call, from the connection to the last byte that is read of the answer."""
 LEASE_SECONDS = 15.0
 """Outlives :data:`TOTAL_SECONDS`, so that no row is sent by two dispatchers at once."""
-MAX_BODY_BYTES = 65_536
-"""What is read of an answer's body, only to use its connection again."""
 MAX_RETRY_AFTER = 3_600.0
 
 Payload: TypeAlias = "Mapping[str, Any]"
@@ -226,116 +212,6 @@ class Transport(Protocol):
     def send(self, row: OutboxRow) -> Reply: ...
 
 
-class _Deadline:
-    """Cuts the connection of the call that this thread makes when its time is over, whatever the other side does."""
-
-    current = threading.local()
-
-    def __init__(self, seconds: float) -> None:
-        self._lock = threading.Lock()
-        self._wire: socket.socket | None = None
-        self._timer = threading.Timer(seconds, self._cut)
-        self._timer.daemon = True
-        self._end = time.monotonic() + seconds
-
-    @property
-    def over(self) -> bool:
-        return time.monotonic() >= self._end
-
-    def __enter__(self) -> _Deadline:
-        self._timer.start()
-        self.current.deadline = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        self.current.deadline = None
-        with self._lock:
-            self._forget()
-
-    def watch(self, connection: HTTPConnection, sock: socket.socket) -> None:
-        # A descriptor of our own: a TLS handshake takes the one of the connected socket away while it runs.
-        with self._lock:
-            self._forget()
-            if self.over:  # by looking names up, say; nothing must be sent under a lease that may have ended
-                raise ConnectTimeoutError(connection, "the time of this call is over")
-            self._wire = socket.socket(fileno=os.dup(sock.fileno()))
-
-    def _cut(self) -> None:
-        with self._lock:
-            if self._wire is not None:
-                with suppress(OSError):
-                    self._wire.shutdown(socket.SHUT_RDWR)
-
-    def _forget(self) -> None:
-        if self._wire is not None:
-            self._wire.close()
-            self._wire = None
-
-
-class _Watched(HTTPConnection):
-    """A connection that the current deadline can cut at any moment: handshake, request, headers, body."""
-
-    def _new_conn(self) -> socket.socket:
-        sock = super()._new_conn()
-        try:
-            self._watch(sock)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        if self.sock is not None:
-            self._watch(self.sock)
-        super().request(*args, **kwargs)
-
-    def _watch(self, sock: socket.socket) -> None:
-        deadline: _Deadline | None = getattr(_Deadline.current, "deadline", None)
-        if deadline is not None:
-            deadline.watch(self, sock)
-
-
-class _WatchedTLS(_Watched, HTTPSConnection):
-    pass
-
-
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Watched
-
-
-class _PoolTLS(HTTPSConnectionPool):
-    ConnectionCls = _WatchedTLS
-
-
-_POOLS = {"http": _Pool, "https": _PoolTLS}
-
-
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, **kwargs)
-        if not proxy.lower().startswith("socks"):
-            manager.pool_classes_by_scheme = _POOLS
-        return manager
-
-
-_spans: ContextVar[ClientSpans | None] = ContextVar("flip_hub_spans", default=None)
-
-
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: Any) -> None:
-        """None: ``requests`` reads the whole body of a redirect into memory, even of one that it does not follow."""
-
-    def send(self, request: requests.PreparedRequest, **kwargs: Any) -> requests.Response:
-        """As a span of the run whose message it is, when there is one and spans are exported."""
-        spans = _spans.get()
-        return super().send(request, **kwargs) if spans is None else spans.send(self, request, **kwargs)
-
-
 class HubTransport:
     """The hub over HTTP: pooled connections, verified TLS, no redirects, and a deadline that holds.
 
@@ -350,14 +226,12 @@ class HubTransport:
         self._base = settings.hub_url
         self._contract = CONTRACTS[settings.hub_contract]
         self._total = total
-        self._session = _Session()
-        self._session.headers["User-Agent"] = "flip-observability"
-        self._session.headers[settings.service_key_header] = settings.service_key.get_secret_value()
-        self._session.auth = _as_it_is  # not None, or a .netrc file would add credentials for the hub's host
-        self._session.cookies = RequestsCookieJar(policy=DefaultCookiePolicy(allowed_domains=[]))
-        adapter = _Adapter(pool_connections=2, pool_maxsize=WORKERS, max_retries=0)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._headers = {
+            "User-Agent": "flip-observability",
+            settings.service_key_header: settings.service_key.get_secret_value(),
+        }
+        self._made: Wire | None = None
+        self._making = threading.Lock()
 
     def send(self, row: OutboxRow) -> Reply:
         """Make the call of a row.
@@ -374,32 +248,28 @@ class HubTransport:
         except Exception as error:  # noqa: BLE001 - whatever a row holds, it must not stop the others
             return Reply(error=type(error).__name__, unsendable=True)
         spans = self._tracing.client_spans if has_trace(row.run_id) else None
-        deadline = _Deadline(min(self._total, TOTAL_SECONDS))
+        from flip_observability._wire import Deadline, as_spans
+
+        deadline = Deadline(min(self._total, TOTAL_SECONDS))
         try:
-            with deadline, _as_spans(spans, row):
-                return self._call(method, path, data)
+            with deadline, as_spans(spans, row.run_id, row.attempts):
+                status, wait = self._wire().call(method, path, data, (CONNECT_SECONDS, self._total))
+                return Reply(status, retry_after=_retry_after(wait))
         except Exception as error:  # noqa: BLE001 - no memory, no more threads: the row is not to blame
             return Reply(error="DeadlineExceeded" if deadline.over else type(error).__name__)
 
-    def _call(self, method: str, path: str, data: bytes | None) -> Reply:
-        headers = {} if data is None else {"Content-Type": "application/json"}
-        with self._session.request(
-            method,
-            self._base + path,
-            data=data,
-            headers=headers,
-            timeout=(CONNECT_SECONDS, self._total),
-            allow_redirects=False,
-            stream=True,
-        ) as response:
-            reply = Reply(response.status_code, retry_after=_retry_after(response.headers.get("Retry-After")))
-            with suppress(HTTPError, OSError, ValueError):  # the answer is known: what its body does changes nothing
-                response.raw.read(MAX_BODY_BYTES, decode_content=False)
-            return reply
+    def _wire(self) -> Wire:
+        from flip_observability._wire import Wire
+
+        with self._making:
+            if self._made is None:
+                self._made = Wire(self._base, self._headers, WORKERS)
+            return self._made
 
     def close(self) -> None:
         """Close the pooled connections."""
-        self._session.close()
+        if self._made is not None:
+            self._made.close()
 
 
 class LocalHub:
@@ -415,24 +285,6 @@ class LocalHub:
 def transport_for(settings: Settings, tracing: Tracing | None = None) -> Transport:
     """The transport that the settings ask for."""
     return LocalHub() if settings.local_dev else HubTransport(settings, tracing=tracing)
-
-
-@contextmanager
-def _as_spans(spans: ClientSpans | None, row: OutboxRow) -> Iterator[None]:
-    """The call of a row is a span below its run's root, whichever process makes it, and however late."""
-    if spans is None or row.run_id is None:
-        yield
-        return
-    with spans.of_message(row.run_id, row.attempts):
-        token = _spans.set(spans)
-        try:
-            yield
-        finally:
-            _spans.reset(token)
-
-
-def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request
 
 
 def _retry_after(value: str | None) -> float | None:

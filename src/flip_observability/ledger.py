@@ -112,7 +112,13 @@ CREATE INDEX runs_untraced ON runs (final_time) WHERE final_status IS NOT NULL A
 """
 """The uid of the last event whose spans, with those of all events before it, the collector has accepted."""
 
-_LEANER_EVENTS = """
+_CURSOR_NOT_AHEAD = """
+UPDATE meta SET value = (SELECT coalesce(max(id), 0) FROM events) WHERE key = 'metrics_cursor'
+    AND CAST(value AS INTEGER) > (SELECT coalesce(max(id), 0) FROM events)
+"""
+"""When the latest events are gone, the next one gets an id that was there before: it must lie behind the cursor."""
+
+_LEANER_EVENTS = f"""
 CREATE TABLE leaner (
     id INTEGER PRIMARY KEY, uid TEXT NOT NULL, run_id TEXT, time REAL NOT NULL, name TEXT NOT NULL,
     attrs TEXT NOT NULL, facts TEXT NOT NULL
@@ -121,11 +127,9 @@ INSERT INTO leaner SELECT id, uid, run_id, time, name, attrs, facts FROM events;
 DROP TABLE events;
 ALTER TABLE leaner RENAME TO events;
 CREATE UNIQUE INDEX events_of_runs ON events (run_id, uid);
-UPDATE meta SET value = (SELECT coalesce(max(id), 0) FROM events) WHERE key = 'metrics_cursor'
-    AND CAST(value AS INTEGER) > (SELECT coalesce(max(id), 0) FROM events)
+{_CURSOR_NOT_AHEAD}
 """
-"""One index instead of two, and no counter of its own: an event writes three pages, not five. Since ids are the cursor
-of the metrics, no id may come twice; that is why retention leaves the last event alone."""
+"""One index instead of two, and no counter of its own: an event writes three pages, not five."""
 
 _MIGRATIONS: dict[int, str] = {0: _SCHEMA, 1: _INDEXES_OF_METRICS, 2: _SPANS_OF_RUNS, 3: _LEANER_EVENTS}
 """From a schema version to the next one. Version 0 is an empty file."""
@@ -867,12 +871,11 @@ class Ledger:
         waiting = "SELECT run_id FROM outbox WHERE state = 'pending' AND run_id IS NOT NULL"
         old = f"SELECT run_id FROM runs WHERE final_time < :cutoff AND run_id NOT IN ({waiting})"
         read, this = f"SELECT coalesce(max(value), 0) FROM ({_CURSOR})", "runs.run_id"
-        last = "SELECT max(id) FROM events"  # stays, so that its id never comes again
         jobs = (
             (
                 "events",
                 "id",
-                f"id <= ({read}) AND id < ({last}) AND (run_id IN ({old}) OR (run_id IS NULL AND time < :cutoff))",
+                f"id <= ({read}) AND (run_id IN ({old}) OR (run_id IS NULL AND time < :cutoff))",
             ),
             ("outbox", "id", f"state != 'pending' AND (run_id IN ({old}) OR (run_id IS NULL AND done < :cutoff))"),
             # A run goes last of all: an event of a run that is no more would never be found again.
@@ -884,6 +887,7 @@ class Ledger:
                 with self._transaction() as db:
                     sql = f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE {where} LIMIT {BATCH})"
                     count = db.execute(sql, {"cutoff": cutoff}).rowcount
+                    db.execute(_CURSOR_NOT_AHEAD)
                 gone += count
                 if count < BATCH:
                     break

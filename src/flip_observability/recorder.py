@@ -38,6 +38,9 @@ from flip_observability.tracing import RunTags, Tracing, shared
 HEARTBEAT_SECONDS = 10.0
 SPOOL_SECONDS = 60.0
 SPANS_SECONDS = 1.0
+CHECKPOINT_SECONDS = 1.0
+CHECKPOINT_EVENTS = 250
+"""Events after which the writer thread moves the ledger's write-ahead log into its file."""
 UNTRACED = "untraced"
 """Who has claimed the root span of a run that was recorded where nothing is exported."""
 FORGET_SECONDS = 3_600.0
@@ -109,6 +112,7 @@ class RunRecorder:
         self._fallback: _Fallback | None = None
         self._final_uid: str | None = None
         self._due = [0.0] * len(_CHORES)
+        self._unmoved = 0
         self._open()
         self._writer = threading.Thread(target=self._write_loop, name="flip-ledger-writer", daemon=True)
         self._writer.start()
@@ -286,7 +290,9 @@ class RunRecorder:
             return self._fallback.append(entry)
         if not self._backlog and self._ledger is not None:
             try:
-                return self._ledger.append(entry)
+                won = self._ledger.append(entry)
+                self._unmoved += 1
+                return won
             except LedgerBusyError:
                 pass
             except Exception as error:  # noqa: BLE001 - whatever the ledger has, the run goes on
@@ -343,6 +349,11 @@ class RunRecorder:
     def _beat(self, ledger: Ledger) -> None:
         ledger.append(Entry(self.identity.run_id, self.now(), run={"heartbeat": self.now()}))
         self._record_errors()
+
+    def _checkpoint(self, ledger: Ledger) -> None:
+        if self._unmoved >= CHECKPOINT_EVENTS:  # it waits for the disk, which the threads of the run need not
+            self._unmoved = 0
+            ledger.checkpoint()
 
     def _take_spools(self, ledger: Ledger) -> None:
         if ledger.live_observer(self.now()) is not None:
@@ -461,6 +472,7 @@ class RunRecorder:
 
 _CHORES = (
     (SPANS_SECONDS, RunRecorder._note_spans),
+    (CHECKPOINT_SECONDS, RunRecorder._checkpoint),
     (HEARTBEAT_SECONDS, RunRecorder._beat),
     (SPOOL_SECONDS, RunRecorder._take_spools),
     (FORGET_SECONDS, RunRecorder._forget),
