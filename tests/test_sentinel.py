@@ -23,6 +23,7 @@ import pytest
 from flip_observability import process
 from flip_observability.constants import FlareEvents, FlipEvents, OwnEvents
 from flip_observability.demo.bucket import EmbeddedBucket
+from flip_observability.ending import SALVAGE
 from flip_observability.ledger import FILE_NAME, Entry, Ledger, OutboxItem
 from flip_observability.lifecycle import Event
 from flip_observability.process import ProcessIdentity, current_process
@@ -403,6 +404,23 @@ def block(site: Site) -> Callable[[], None]:
 
 
 FAST = Patience(salvage=3.0)
+
+
+def test_results_that_a_run_could_not_upload_itself_follow(site: Site) -> None:
+    run = site.begin()
+    for name, attrs in (
+        (FlareEvents.ABOUT_TO_END_RUN, {}),
+        (FlipEvents.RESULTS_UPLOAD_STARTED, {}),
+        (OwnEvents.UPLOAD_FAILED, {"reason": "timeout"}),
+        (FlareEvents.END_RUN, {"status": "ERROR"}),
+    ):
+        run.at(run.now + 1, name, **attrs)
+    site.set(run, intent=SALVAGE)
+    site.sentinel().sweep()
+    site.wait_for(run, "intent", "SALVAGED")
+    assert site.archive_of(run) == FILES
+    assert site.told(run) == ["ERROR"], "the hub's status is final"
+    assert [len(site.facts(run, name)) for name in ("orphaned", "upload_failure", "upload_size")] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(("contract", "failed"), [("2026-05", "ERROR"), ("2026-10", "RESULTS_UPLOAD_FAILED")])

@@ -21,6 +21,7 @@ from nvflare.app_common.widgets.validation_json_generator import ValidationJsonG
 
 from flip_observability.constants import FlipEvents, ModelStatus
 from flip_observability.demo.hub import EmbeddedHub
+from flip_observability.ending import SALVAGE
 from flip_observability.ledger import Ledger
 from flip_observability.nvflare.components import ServerEventHandler
 from flip_observability.results import ResultsUploadError
@@ -163,7 +164,9 @@ UPLOAD_ERROR = ResultsUploadError("access_denied", "AccessDenied")
         (KeyboardInterrupt(), False, False, False, "ERROR"),
     ],
 )
-def test_rule_3(raised: BaseException | None, fatal: bool, aborted: bool, all_failed: bool, final: str) -> None:
+def test_rule_3(
+    raised: BaseException | None, fatal: bool, aborted: bool, all_failed: bool, final: str, tmp_path: Path
+) -> None:
     client = Client()
     handler, engine = make(client, Generator(failed=all_failed), Persist(raised))
     run(handler, engine, *TRAINING)
@@ -172,6 +175,10 @@ def test_rule_3(raised: BaseException | None, fatal: bool, aborted: bool, all_fa
     run(handler, engine, *END, aborted=aborted)
     assert client.statuses[-1] == final
     assert sum(status in {"ERROR", "STOPPED", "RESULTS_UPLOADED"} for status in client.statuses) == 1
+    with Ledger(tmp_path / "ledger") as ledger:
+        (row,) = ledger.runs()
+        followed_up = [run["run_id"] for run in ledger.runs_with_intent(SALVAGE)]
+    assert followed_up == ([row["run_id"]] if raised else []), "what could not be uploaded is left to an observer"
 
 
 def test_upload_failed_is_spelled_by_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

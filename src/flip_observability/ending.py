@@ -12,7 +12,7 @@ from flip_observability.ledger import Entry, Ledger, OutboxItem
 from flip_observability.lifecycle import Event, RunState, Scalar
 
 SALVAGE, SALVAGED, SALVAGE_FAILED = "SALVAGE", "SALVAGED", "SALVAGE_FAILED"
-"""Intents of a run that got its final status from outside: results are to follow, have followed, cannot follow."""
+"""Intents of a run that has a final status and had no results in the bucket: they are to follow, have, or cannot."""
 PAGE = 5_000
 
 

@@ -90,6 +90,7 @@ def _run_directory(run: dict[str, Any]) -> Path:
     run_dir = Path(run["run_dir"])
     if not run_dir.is_dir():
         raise CommandError(
-            f"The run directory {run_dir} is not here any more: NVFLARE moves it into its job store when a job ends"
+            f"The run directory {run_dir} is not here any more: NVFLARE moves it into its job store when a job ends. "
+            "The observer in the server's process sends the results of runs whose upload failed from there"
         )
     return run_dir

@@ -14,6 +14,7 @@ from nvflare.app_common.widgets.validation_json_generator import ValidationJsonG
 
 from flip_observability.client import FLIP, attach
 from flip_observability.constants import FlareEvents, FlipEvents, ModelStatus, OwnEvents
+from flip_observability.ending import SALVAGE
 from flip_observability.errors import report
 from flip_observability.hub import Reply, Transport
 from flip_observability.ledger import OutboxRow
@@ -219,6 +220,8 @@ class ServerEventHandler(UsesFlip, FLComponent):
         }[ending]
         effects = recorder.record(FlareEvents.END_RUN, {} if left_to_judge else {"status": status.value})
         self.final_status = recorder.state.final_status
+        if outcome is not UploadOutcome.UPLOADED and not left_to_judge:
+            recorder.set_columns(intent=SALVAGE)  # the bucket may heal: an observer brings the results later
         seconds = recorder.settings.end_run_seconds
         if effects.status is not None:
             self._tell_foreign(effects.status, seconds)
