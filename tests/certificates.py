@@ -49,6 +49,10 @@ class Authority:
     ) -> bytes:
         now = datetime.datetime.now(datetime.timezone.utc)
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        usage = dict.fromkeys(
+            "content_commitment key_encipherment data_encipherment key_agreement encipher_only decipher_only".split(),
+            False,
+        )
         return (
             x509.CertificateBuilder()
             .subject_name(_name(name))
@@ -59,6 +63,13 @@ class Authority:
             .not_valid_after(now + ends_in)
             .add_extension(x509.SubjectAlternativeName([address]), critical=False)
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            # Since Python 3.13 a certificate without these is none.
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(
+                x509.KeyUsage(digital_signature=True, key_cert_sign=authority, crl_sign=authority, **usage),
+                critical=True,
+            )
             .sign(self._key, hashes.SHA256())
             .public_bytes(serialization.Encoding.PEM)
         )

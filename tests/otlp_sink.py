@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import ssl
 import sys
 import threading
 import time
@@ -15,7 +16,8 @@ from collections.abc import Iterable, Mapping
 from concurrent import futures
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
@@ -26,6 +28,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
     add_TraceServiceServicer_to_server,
 )
+
+if TYPE_CHECKING:
+    from certificates import Pair
 
 CLIENT = 3
 """The kind of a span that is a call."""
@@ -56,9 +61,14 @@ class OtlpSink:
     Args:
         protocol: ``grpc`` or ``http/protobuf``.
         fault: ``hang`` (never answers), ``refuse`` (no, every time), ``bad`` (says 400 for ever), or none.
+        pair: certificate and key, for TLS.
+        client_ca: file with the authority whose clients are let in; everybody when None.
     """
 
-    def __init__(self, protocol: str = "grpc", fault: str = "") -> None:
+    def __init__(
+        self, protocol: str = "grpc", fault: str = "", *, pair: Pair | None = None, client_ca: Path | None = None
+    ) -> None:
+        self._pair, self._client_ca = pair, client_ca
         self.protocol = protocol
         self.fault = fault
         self.batches = 0
@@ -71,11 +81,13 @@ class OtlpSink:
         if self.protocol == "grpc":
             self._grpc = grpc.server(futures.ThreadPoolExecutor(8))
             add_TraceServiceServicer_to_server(_Service(self), self._grpc)  # type: ignore[no-untyped-call]
-            self.port = self._grpc.add_insecure_port("127.0.0.1:0")
+            self.port = self._grpc_port("127.0.0.1:0")
             self._grpc.start()
         else:
             self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"sink": self}))
             self._http.daemon_threads = True
+            if self._pair is not None:
+                self._http.socket = self._tls(self._pair).wrap_socket(self._http.socket, server_side=True)
             self.port = self._http.server_address[1]
             threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -88,11 +100,26 @@ class OtlpSink:
             self._http.shutdown()
             self._http.server_close()
 
+    def _grpc_port(self, address: str) -> int:
+        if self._pair is None:
+            return int(self._grpc.add_insecure_port(address))
+        files = (self._pair.key.read_bytes(), self._pair.certificate.read_bytes())
+        authority = self._client_ca.read_bytes() if self._client_ca else None
+        credentials = grpc.ssl_server_credentials([files], authority, require_client_auth=authority is not None)
+        return int(self._grpc.add_secure_port(address, credentials))
+
+    def _tls(self, pair: Pair) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self._client_ca)
+        context.load_cert_chain(pair.certificate, pair.key)
+        if self._client_ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
     @property
     def environment(self) -> dict[str, str]:
         """The standard variables that lead to this sink."""
         return {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.port}",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"{'https' if self._pair else 'http'}://127.0.0.1:{self.port}",
             "OTEL_EXPORTER_OTLP_PROTOCOL": self.protocol,
         }
 

@@ -25,7 +25,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from certificates import Authority
 from fault_server import FaultServer
-from flip_observability import doctor, errors
+from flip_observability import doctor
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.doctor import CHECKS, Finding, Level, Patient, examine
@@ -48,7 +48,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     for item in Settings.model_fields.values():
         monkeypatch.delenv(str(item.alias), raising=False)
-    errors.drain()  # of other tests in this process
 
 
 @pytest.fixture

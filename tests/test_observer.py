@@ -63,7 +63,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observer, "FIRST_BACKOFF", 0.05)
     monkeypatch.setattr(observer, "UPKEEP_SECONDS", 0.2)
     monkeypatch.setattr(observer, "DISPATCHER_SECONDS", 0.2)
-    errors.drain()
 
 
 def settings(**more: Any) -> Settings:

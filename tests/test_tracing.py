@@ -46,8 +46,6 @@ def _no_otel(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("OTEL_"):
             monkeypatch.delenv(name)
-    errors.drain()
-    errors._logged.clear()
 
 
 @pytest.fixture
