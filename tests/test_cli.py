@@ -163,11 +163,11 @@ def test_a_ledger_that_cannot_be_read_is_one_line(
 def test_an_error_of_our_own_is_one_line_and_debug_shows_it(ledger: Ledger) -> None:
     run = trained(ledger)
     with sqlite3.connect(ledger.path or "") as database:
-        database.execute("UPDATE events SET attrs = 'no JSON'")
+        database.execute("ALTER TABLE events RENAME COLUMN name TO gone")
     database.close()
     quiet = in_a_process("show", run.run_id)
     assert (quiet.returncode, quiet.stdout) == (1, "")
-    assert quiet.stderr == "flip-obs: Unexpected JSONDecodeError; flip-obs --debug shows where\n"
+    assert quiet.stderr == "flip-obs: Unexpected KeyError; flip-obs --debug shows where\n"
     loud = in_a_process("--debug", "show", run.run_id)
     assert loud.returncode == 1
     assert "Traceback" in loud.stderr
