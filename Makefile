@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: bench bench-quick bench-plots collector collector-if-possible stack stack-down dashboards picture help setup demo test lint fmt clean prometheus-tools
+.PHONY: bench bench-quick bench-plots collector collector-if-possible stack stack-down dashboards drills picture help setup demo test lint fmt clean prometheus-tools
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,6 +57,9 @@ fmt: $(STAMP) ## format and mend what can be mended
 dashboards: $(STAMP) ## write the Grafana dashboards' JSON and the alert rules from their source
 	"$(BIN)/python" -m dashboards.grafana
 	"$(BIN)/python" -m dashboards.prometheus.alerts
+
+drills: $(STAMP) ## break things on a real site and judge what hub and bucket hold (ARGS="--seed 1 --only aborts")
+	"$(BIN)/python" -m drills $(ARGS)
 
 picture: $(STAMP) ## have a real run and draw its dashboard: docs/dashboard.svg (needs Prometheus)
 	PYTHONPATH=.:tests "$(BIN)/python" -m dashboards.picture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         for drill in drills:
             console.print(f"{drill.name:24} {drill.group:10} {drill.broken}")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the processes of a drill end with it
     first = random.SystemRandom().randrange(1, 100_000) if arguments.seed is None else arguments.seed
     passed = True
     for seed in range(first, first + arguments.times):

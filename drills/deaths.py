@@ -186,7 +186,15 @@ def stopped_and_continued(stage: Stage) -> Sequence[Run]:
 _END = FlareEvents.END_RUN.value
 
 DRILLS: tuple[Drill, ...] = (
-    Drill("kill-in-training", "deaths", "SIGKILL of the job process at random moments", in_training, ERROR, True),
+    Drill(
+        "kill-in-training",
+        "deaths",
+        "SIGKILL of the job process at random moments",
+        in_training,
+        ERROR,
+        True,
+        quick=True,
+    ),
     Drill("kill-before-start", "deaths", "SIGKILL before START_RUN", before_start_run, ERROR),
     Drill(
         "kill-at-end-run", "deaths", "SIGKILL in END_RUN, nothing decided", in_end_run(_END, before=True), ERROR, True
@@ -199,7 +207,7 @@ DRILLS: tuple[Drill, ...] = (
         UPLOADED,
         True,
     ),
-    Drill("kill-in-upload", "deaths", "SIGKILL in part 3 of the upload", in_the_upload, UPLOADED, True),
+    Drill("kill-in-upload", "deaths", "SIGKILL in part 3 of the upload", in_the_upload, UPLOADED, True, quick=True),
     Drill(
         "kill-after-upload",
         "deaths",
