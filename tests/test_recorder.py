@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -24,7 +26,7 @@ from flip_observability.ledger import Entry, Ledger, OutboxItem
 from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.recorder import RunIdentity, RunRecorder, new_run_id
 from flip_observability.settings import Settings
-from flip_observability.spool import Spool, take_spools
+from flip_observability.spool import RESERVED_BYTES, Spool, second_place, take_spools
 
 
 @pytest.fixture
@@ -365,3 +367,89 @@ def test_run_id_is_the_job_id_when_that_is_a_uuid() -> None:
     job = str(uuid.uuid4())
     assert new_run_id(job.upper()) == job
     assert uuid.UUID(new_run_id("simulate_job")) != uuid.UUID(new_run_id(None))
+
+
+# -- room for statuses -------------------------------------------------------------------------------------------------
+
+
+def left_by_the_dead(spool: Spool) -> None:
+    """Make a spool look as if its process was no more."""
+    spool._owner = dataclasses.replace(spool._owner, start_ticks=1)
+
+
+def test_a_spool_has_its_room_before_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
+    spool = Spool(small_disk)
+    left_by_the_dead(spool)
+    spool.reserve()
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as out:
+        while True:
+            out.write(b"x" * 1_024)
+    for number in range(40):
+        spool.add(Entry("r1", 1.0, run={"round": number, "workflow": "w" * 500}))
+    assert spool.path.parent == small_disk
+    assert spool.path.stat().st_mode & 0o777 == 0o600
+    with Ledger(tmp_path) as ledger:
+        assert take_spools(ledger, small_disk, 2.0) == 1
+        run = ledger.run("r1")
+    assert run is not None
+    assert run["round"] == 39
+    assert not list(small_disk.glob("spool-*"))
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_spool_goes_on_elsewhere_where_it_cannot_be_written(tmp_path: Path, temporary: Path) -> None:
+    directory = tmp_path / "ledger"
+    directory.mkdir()
+    spool = Spool(directory)
+    left_by_the_dead(spool)
+    item = OutboxItem("model", "log", {"log": "x"})
+    spool.add(Entry("r1", 1.0, run={"round": 1}, outbox=(item,)))
+    directory.rename(tmp_path / "gone")
+    spool.add(Entry("r1", 2.0, run={"round": 2}))
+    spool.delivered([item.uid])
+    (tmp_path / "gone").rename(directory)
+    place = second_place(directory)
+    assert place.is_relative_to(temporary)
+    assert [path.stat().st_mode & 0o777 for path in (place.parent, place, *place.iterdir())] == [0o700, 0o700, 0o600]
+    with Ledger(directory) as ledger:
+        assert take_spools(ledger, directory, 3.0) == 2
+        run = ledger.run("r1")
+        assert [row.state for row in ledger.outbox()] == ["delivered"]
+    assert run is not None
+    assert run["round"] == 2
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("trap", ["open", "link"])
+def test_a_second_place_that_is_not_ours_is_not_used(tmp_path: Path, temporary: Path, trap: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    parent = second_place(tmp_path / "none").parent
+    if trap == "link":
+        other.chmod(0o700)
+        parent.symlink_to(other)
+    else:
+        parent.mkdir()
+        parent.chmod(0o777)
+    Spool(tmp_path / "none").add(Entry("r1", 1.0, run={"round": 1}))
+    assert not list(other.rglob("*"))
+    assert not list(parent.rglob("spool-*"))
+
+
+def test_room_is_given_back_at_the_end_of_a_run(start: Callable[[], RunRecorder], tmp_path: Path) -> None:
+    recorder = start()
+    train(recorder)
+    until = time.monotonic() + 10
+    while not list((tmp_path / "ledger").glob("spool-*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [path.stat().st_size for path in (tmp_path / "ledger").glob("spool-*")] == [RESERVED_BYTES]
+    assert end(recorder)
+    recorder.close()
+    assert not list((tmp_path / "ledger").glob("spool-*"))

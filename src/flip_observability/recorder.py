@@ -110,6 +110,7 @@ class RunRecorder:
         self._dispatcher: Dispatcher | None = None
         self._dispatcher_ledger: Ledger | None = None
         self._fallback: _Fallback | None = None
+        self._spool = Spool(directory)
         self._final_uid: str | None = None
         self._due = [0.0] * len(_CHORES)
         self._unmoved = 0
@@ -227,6 +228,8 @@ class RunRecorder:
         for dispatcher in (self._dispatcher, self._fallback.dispatcher if self._fallback else None):
             if dispatcher is not None:
                 dispatcher.stop(1.0)
+        if self._fallback is None:
+            self._spool.remove()
 
     # -- entries -----------------------------------------------------------------------------------------------------
 
@@ -324,6 +327,8 @@ class RunRecorder:
 
     def _write_loop(self) -> None:
         ledger: Ledger | None = None
+        if self._fallback is None:
+            self._spool.reserve()
         while not self._closed:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or bool(self._backlog), timeout=1.0)
@@ -413,6 +418,8 @@ class RunRecorder:
             if fallback is not None:
                 ledger.mark_delivered(fallback.delivered(), self.now())
                 fallback.spool.remove()
+                self._spool = Spool(self.directory)
+                self._spool.reserve()
             for stale in (old, self._ledger, self._dispatcher_ledger):
                 if stale is not None:
                     stale.close()
@@ -425,7 +432,7 @@ class RunRecorder:
         """From now on work from memory. What waits in the queue comes along."""
         with self._wake:
             if self._fallback is None:
-                fallback = _Fallback(self.directory, self._transport, self.settings)
+                fallback = _Fallback(self._spool, self._transport, self.settings)
                 fallback.append(self._registration())
                 self._fallback = fallback
                 report("recorder", kind, "works from memory until the ledger can be written again")
@@ -483,9 +490,9 @@ _CHORES = (
 class _Fallback:
     """The same ledger and dispatcher in memory, with the spool file beside the real one."""
 
-    def __init__(self, directory: Path, transport: Transport, settings: Settings) -> None:
+    def __init__(self, spool: Spool, transport: Transport, settings: Settings) -> None:
         self.ledger = Ledger(None)
-        self.spool = Spool(directory)
+        self.spool = spool
         self.entries: deque[Entry] = deque(maxlen=MAX_BACKLOG)
         self.dispatcher = Dispatcher(self.ledger, transport, settings)
         self.dispatcher.start()
