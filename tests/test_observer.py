@@ -540,7 +540,8 @@ def test_stopping_folds_what_has_just_happened(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(observer, "FOLD_SECONDS", 600.0)
     with Ledger(folder) as ledger:
         with observing(folder):
-            ledger.append(Entry(None, 1.0, Event("x", 1.0, {}), (("runs_started", 1.0, {}),)))
+            now = time.time()
+            ledger.append(Entry(None, now, Event("x", now, {}), (("runs_started", 1.0, {}),)))
             last = ledger.events()[-1]["id"]
         assert ledger._rows("SELECT value FROM meta WHERE key = 'metrics_cursor'")[0][0] == str(last)
 

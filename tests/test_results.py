@@ -146,6 +146,7 @@ def test_an_error_says_why_and_survives_a_process_boundary() -> None:
 @given(st.binary(max_size=300), st.binary(max_size=300))
 def test_checksums_of_parts_give_the_checksum_of_the_whole(first: bytes, second: bytes) -> None:
     assert _crc32.combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+    assert _crc32.combine(zlib.crc32(first), zlib.crc32(first + second), len(second)) == zlib.crc32(second)
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------
@@ -614,8 +615,14 @@ class HoleySink:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._zeros = bytes(_archive.CHUNK_BYTES)
+        self._crc = 0
+
+    @property
+    def crc(self) -> int:
+        return self._crc
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
+        self._crc = zlib.crc32(data, self._crc)
         if len(data) == len(self._zeros) and bytes(data) == self._zeros:  # a memoryview compares slowly
             self._file.seek(len(data), os.SEEK_CUR)
         else:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol, cast
+from typing import IO, Any, Protocol, cast
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+
+from flip_observability import _crc32
 
 LEFT_OUT = frozenset({"app_server", "cross_site_val/model_shareables"})
 """Paths inside the run directory that are no results."""
@@ -65,6 +67,10 @@ class SourceError(Exception):
 
 class Sink(Protocol):
     """What the archive's bytes are written to, strictly forwards."""
+
+    @property
+    def crc(self) -> int:
+        """CRC-32 of all that was written."""
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int: ...
 
@@ -142,13 +148,13 @@ def pack(root: int, sink: Sink, notes: Notes, unwanted: Callable[[int, os.stat_r
         The number of files in the archive; folders are not counted.
     """
     files = 0
-    buffer = bytearray(CHUNK_BYTES)
     with ZipFile(cast("IO[bytes]", sink), "w") as archive:
+        packing = _Packing(archive, sink, notes)
         for entry in _entries(root, notes):
             if stat.S_ISDIR(entry.info.st_mode):
                 _add_folder(archive, entry, notes)
             elif stat.S_ISREG(entry.info.st_mode):
-                files += _add_file(archive, entry, buffer, notes, unwanted)
+                files += _add_file(packing, entry, unwanted)
             else:
                 notes.add(_kind(entry.info), entry.name)
     return files
@@ -259,13 +265,8 @@ def _add_folder(archive: ZipFile, entry: Entry, notes: Notes) -> None:
         archive.writestr(member, b"")
 
 
-def _add_file(
-    archive: ZipFile,
-    entry: Entry,
-    buffer: bytearray,
-    notes: Notes,
-    unwanted: Callable[[int, os.stat_result], bool] | None,
-) -> int:
+def _add_file(packing: _Packing, entry: Entry, unwanted: Callable[[int, os.stat_result], bool] | None) -> int:
+    notes = packing.notes
     try:
         descriptor = os.open(entry.base, _FILE_FLAGS, dir_fd=entry.folder)
     except OSError as error:
@@ -279,12 +280,13 @@ def _add_file(
         if unwanted is not None and unwanted(descriptor, info):
             notes.add("kit", entry.name)
             return 0
-        return _copy(archive, replace(entry, info=info), descriptor, buffer, notes)
+        return _copy(packing, replace(entry, info=info), descriptor)
     finally:
         os.close(descriptor)
 
 
-def _copy(archive: ZipFile, entry: Entry, descriptor: int, buffer: bytearray, notes: Notes) -> int:
+def _copy(packing: _Packing, entry: Entry, descriptor: int) -> int:
+    notes, buffer = packing.notes, packing.buffer
     left = entry.info.st_size  # a file that is still written to ends where it ended when it was opened
     view = memoryview(buffer)
     got = _read(descriptor, view[: min(left, CHUNK_BYTES)])
@@ -292,18 +294,47 @@ def _copy(archive: ZipFile, entry: Entry, descriptor: int, buffer: bytearray, no
         notes.add("unreadable", entry.name)
         return 0
     member = _member(entry, notes)
-    while member.filename in archive.NameToInfo:  # only by the renaming of a name that is not UTF-8
+    while member.filename in packing.archive.NameToInfo:  # only by the renaming of a name that is not UTF-8
         member.filename += "%"
     if PurePosixPath(entry.base).suffix.lower() not in INCOMPRESSIBLE and 0 not in buffer[: min(got, _SNIFFED_BYTES)]:
         member.compress_type = ZIP_DEFLATED
-    with archive.open(member, "w") as target:
+    with packing.member(member) as write:
         while got > 0:
-            target.write(view[:got])
+            write(view[:got])
             left -= got
             got = _read(descriptor, view[: min(left, CHUNK_BYTES)])
     if left:
         notes.add("partial" if got < 0 else "shrank", entry.name)
     return 1
+
+
+@dataclass
+class _Packing:
+    """An archive that is being written: what all of its files need."""
+
+    archive: ZipFile
+    sink: Sink
+    notes: Notes
+    buffer: bytearray = field(default_factory=lambda: bytearray(CHUNK_BYTES))
+
+    @contextmanager
+    def member(self, member: ZipInfo) -> Iterator[Callable[[memoryview], object]]:
+        """What writes a member's bytes.
+
+        Those of one that is not compressed are the sink's, whose CRC-32 tells the member's: to compute it twice takes
+        longer than to read the file. This stands on private names of ``zipfile``; without them its own way is taken.
+        """
+        stream = self.archive.fp
+        with self.archive.open(member, "w") as opened:
+            target = cast("Any", opened)
+            plain = member.compress_type == ZIP_STORED and hasattr(target, "_crc") and hasattr(target, "_file_size")
+            if not plain or stream is None:
+                yield target.write
+                return
+            crc, start = self.sink.crc, stream.tell()
+            yield stream.write
+            size = stream.tell() - start
+            target._crc, target._file_size = _crc32.combine(crc, self.sink.crc, size), size
 
 
 def _read(descriptor: int, into: memoryview) -> int:

@@ -32,9 +32,17 @@ def _shift(length: int) -> int:
     return power
 
 
-def combine(first: int, second: int, second_length: int) -> int:
-    """CRC-32 of two byte strings in a row, from the CRC-32 of each. So the parts' threads compute the whole's."""
-    return _times(_shift(second_length), first) ^ second
+def combine(first: int, other: int, second_length: int) -> int:
+    """CRC-32 of two byte strings in a row, from the CRC-32 of each; or of the second, from that of the first and of both.
+
+    So what runs along a stream of bytes is computed once, and tells that of every stretch of it.
+
+    Args:
+        first: of the first string.
+        other: of the second one, or of both.
+        second_length: bytes of the second one.
+    """
+    return _times(_shift(second_length), first) ^ other
 
 
 def text(crc: int) -> str:

@@ -338,9 +338,15 @@ class MultipartUpload:
             self._patience,
         )
         self._buffer, self._filled = _Part(), 0
+        self._crc = self._crc_before = 0
         self._upload_id = created["UploadId"]
         on_upload_id(self._upload_id)
         self._begin_part()
+
+    @property
+    def crc(self) -> int:
+        """CRC-32 of all that was written."""
+        return self._crc
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Take bytes; waits while as many parts as memory allows are on their way."""
@@ -350,7 +356,9 @@ class MultipartUpload:
         start = 0
         while start < len(view):
             taken = min(len(view) - start, len(self._buffer) - self._filled)
-            self._buffer[self._filled : self._filled + taken] = view[start : start + taken]
+            piece = view[start : start + taken]
+            self._crc = zlib.crc32(piece, self._crc)
+            self._buffer[self._filled : self._filled + taken] = piece
             self._filled += taken
             start += taken
             if self._filled == len(self._buffer):
@@ -376,10 +384,7 @@ class MultipartUpload:
         self._filled = 0
         while self._in_flight:
             self._collect()
-        size, crc = 0, 0
-        for number in sorted(self._parts):
-            _, part_crc, length = self._parts[number]
-            size, crc = size + length, _crc32.combine(crc, part_crc, length)
+        size, crc = sum(length for _, _, length in self._parts.values()), self._crc
         maybe_done = self._complete(size, crc)
         verified, warnings = self._verify(size, crc)
         if maybe_done is not None and not verified:
@@ -413,12 +418,13 @@ class MultipartUpload:
         self._filled = 0
 
     def _send_part(self) -> None:
-        call = partial(self._upload_part, self._next, self._buffer)
+        crc = _crc32.combine(self._crc_before, self._crc, len(self._buffer))
+        self._crc_before = self._crc
+        call = partial(self._upload_part, self._next, self._buffer, crc)
         self._in_flight.add(_in_thread(call))
         self._next += 1
 
-    def _upload_part(self, number: int, buffer: _Part) -> _Sent:
-        crc = zlib.crc32(buffer)
+    def _upload_part(self, number: int, buffer: _Part, crc: int) -> _Sent:
         answer = _persist(
             lambda: self._client.upload_part(
                 Bucket=self._bucket,

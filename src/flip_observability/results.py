@@ -412,6 +412,10 @@ class _FileSink:
             self._on_sent(self._size)
         return len(data)
 
+    @property
+    def crc(self) -> int:
+        return self._crc
+
     def flush(self) -> None:
         """Nothing to do before the end."""
 
