@@ -1,7 +1,8 @@
 """Log records of a run carry its trace and span id, under the names that OpenTelemetry's own logging integration uses.
 
 Every record of the process has ``otelTraceID``, ``otelSpanID``, ``otelTraceSampled`` and ``otelServiceName`` once a run
-is recorded, so that a format may name them. Records on which somebody else has put ids keep those.
+is recorded. A format that names them needs :class:`RunIds` on its handler, for the records of other processes and those
+from before a run. Records on which somebody else has put ids keep those.
 """
 
 from __future__ import annotations
@@ -46,16 +47,32 @@ def take_off_records(ids: Ids) -> None:
             _ids = None
 
 
+class RunIds(logging.Filter):
+    """For a handler whose format names the ids, in a logging configuration: records that have none say so.
+
+    Without it such a record cannot be formatted and is lost. Every record passes.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Put on what is missing."""
+        if not hasattr(record, "otelTraceID"):
+            _put(record, None)
+        return True
+
+
+def _put(record: logging.LogRecord, ids: tuple[str, str] | None) -> None:
+    record.otelTraceID, record.otelSpanID = ids or (NONE, NONE)
+    record.otelTraceSampled = ids is not None
+    record.otelServiceName = getattr(record, "otelServiceName", "") or SERVICE_NAME
+
+
 def _factory(make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make(*args, **kwargs)
         if getattr(made, "otelTraceID", NONE) != NONE:
             return made
         ids = _ids
-        found = ids() if ids is not None else None
-        made.otelTraceID, made.otelSpanID = found or (NONE, NONE)
-        made.otelTraceSampled = found is not None
-        made.otelServiceName = getattr(made, "otelServiceName", "") or SERVICE_NAME
+        _put(made, ids() if ids is not None else None)
         return made
 
     return record
