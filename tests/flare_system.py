@@ -17,7 +17,7 @@ import psutil
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 import server_kit
-from prometheus_tools import free_port
+from waiting import free_port
 
 ADMIN = "admin@nvidia.com"
 _MODULES = {

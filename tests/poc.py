@@ -23,18 +23,11 @@ from flip_observability.demo.job import write_job
 from flip_observability.demo.runner import job_environment
 from flip_observability.demo.scenarios import SCENARIOS
 from flip_observability.ledger import FILE_NAME, Ledger, LedgerError
-from prometheus_tools import free_port
+from waiting import free_port, wait_for
 
+wait_until = wait_for
+"""The name by which who uses a site knows it."""
 FINAL = frozenset({"RESULTS_UPLOADED", "ERROR", "STOPPED", "RESULTS_UPLOAD_FAILED"})
-
-
-def wait_until(condition: Callable[[], Any], seconds: float, what: str, pause: float = 0.1) -> Any:
-    """What the condition gives when it is true of anything; a failed assertion after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(pause)
-    return found
 
 
 class Poc(FlareSystem):

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -23,6 +22,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import pytest
+
+from waiting import free_port, wait_for
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FETCH = REPOSITORY / "scripts" / "fetch-prometheus.sh"
@@ -63,24 +64,6 @@ def run_tool(program: str, *arguments: str | Path, cwd: Path | None = None) -> s
     """Run ``promtool`` or ``amtool`` to its end. Its exit code and output are the caller's to judge."""
     command = [str(require(program)), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.1) -> Any:
-    """Wait until ``condition`` gives something that is true, and return it.
-
-    Raises:
-        AssertionError: it did not within ``seconds``.
-    """
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, f"not within {seconds:g} s: {what}"
-        time.sleep(every)
-    return found
 
 
 class _Process:

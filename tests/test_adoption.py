@@ -16,8 +16,8 @@ from nvflare.fuel.flare_api.flare_api import Session
 from command_line import flip_obs
 from flare_system import FlareSystem, write_flip_job
 from flip_observability.demo.hub import EmbeddedHub
-from prometheus_tools import free_port, wait_for
 from server_kit import snapshot
+from waiting import free_port, wait_for
 
 
 def run(session: Session, job: Path, seconds: float = 60.0) -> tuple[str, str]:

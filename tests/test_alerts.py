@@ -24,7 +24,8 @@ from demo_runs import DemoRun, DemoRuns, copy_ledger
 from flip_observability._catalogue import PROBLEMS
 from flip_observability.constants import ModelStatus
 from flip_observability.metrics import CATALOGUE
-from prometheus_tools import Alertmanager, Prometheus, Webhook, free_port, run_tool, static_page, wait_for
+from prometheus_tools import Alertmanager, Prometheus, Webhook, run_tool, static_page
+from waiting import free_port, wait_for
 
 FOLDER = alerts.RULES.parent
 REPOSITORY = FOLDER.parent.parent

@@ -55,7 +55,8 @@ from otel_collector import (
     wait_for_spans,
 )
 from otlp_sink import OtlpSink, Received, check_trace
-from prometheus_tools import Prometheus, wait_for
+from prometheus_tools import Prometheus
+from waiting import wait_for
 
 CANARY = "canary-7f3a"
 MOVING = frozenset({"flip_observer_loop_last_success_timestamp_seconds"})

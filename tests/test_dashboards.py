@@ -36,7 +36,8 @@ from grafana_queries import (
     values_of,
 )
 from history import Run
-from prometheus_tools import Prometheus, free_port, static_page, wait_for
+from prometheus_tools import Prometheus, static_page
+from waiting import free_port, wait_for
 
 ROOT = Path(__file__).parent.parent / "dashboards"
 RULES = ROOT / "prometheus" / "flip-alerts.yml"

@@ -23,7 +23,8 @@ from flip_observability.demo.hub import EmbeddedHub, HubRecord
 from flip_observability.demo.server import ALIVE, STORIES, _forget_old_runs
 from otel_collector import Collector
 from otlp_sink import OtlpSink, check_trace, to_json
-from prometheus_tools import Prometheus, wait_for
+from prometheus_tools import Prometheus
+from waiting import wait_for
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 KEY = "canary-key-5b1d"

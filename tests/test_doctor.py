@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +36,7 @@ from flip_observability.metrics import MetricsFold
 from flip_observability.observer import Observer
 from flip_observability.process import current_process
 from flip_observability.settings import Settings
+from waiting import free_port, wait_for
 
 KEY = "canary-of-the-service-key"
 SECRET = "canary-of-a-header"
@@ -71,12 +72,6 @@ def told(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +85,7 @@ def test_a_server_that_has_all_it_needs(folder: Path, tmp_path: Path, monkeypatc
         try:
             assert observer.exporter is not None
             patient = Patient.from_environment(folder, port=observer.exporter.port, workspace=tmp_path / "kit")
-            until(lambda: observer.active and observer._caught_up)
+            wait_for(lambda: observer.active and observer._caught_up)
             reports = examine(patient)
         finally:
             observer.stop()
@@ -101,13 +96,6 @@ def test_a_server_that_has_all_it_needs(folder: Path, tmp_path: Path, monkeypatc
     assert levels == dict.fromkeys(set(CHECKS) - {"ledger"}, Level.OK), [
         each.finding for each in reports if each.finding.level is not Level.OK
     ]
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 def test_what_hangs_ends_by_the_deadline_and_holds_no_other_check_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +20,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import waiting
 from flip_observability import errors, observer
 from flip_observability.constants import FlareEvents
 from flip_observability.demo.hub import EmbeddedHub
@@ -45,6 +44,7 @@ from flip_observability.recorder import RunIdentity, RunRecorder
 from flip_observability.settings import Settings
 from flip_observability.spool import Spool
 from history import Run
+from waiting import wait_for
 
 MODEL = "3f0f3fbc-9d5b-4a3a-8f5e-0d8a5d1c7e11"
 LOOPS = {"heartbeat", "fold", "dispatcher", "upkeep"}
@@ -76,29 +76,15 @@ def observing(folder: Path, *, wait: bool = True, **more: Any) -> Iterator[Obser
     one.start()
     try:
         if wait:
-            until(lambda: get(one, "/readyz")[0] == 200)
+            wait_for(lambda: get(one, "/readyz")[0] == 200)
         yield one
     finally:
         one.stop()
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
 def get(one: Observer | int, path: str = "/metrics") -> tuple[int, str]:
     port = one if isinstance(one, int) else one.exporter.port if one.exporter else 0
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-    except OSError as error:
-        return 0, type(error).__name__
+    return waiting.get(f"http://127.0.0.1:{port}{path}")
 
 
 def value(one: Observer, name: str, **labels: str) -> float | None:
@@ -123,7 +109,7 @@ def test_it_serves_what_the_ledger_holds(folder: Path) -> None:
             assert value(one, "flip_ledger_writable") == 1
             other = Run(ledger)
             other.at(0, FlareEvents.START_RUN)
-            until(lambda: value(one, "flip_runs_started_total") == 2)
+            wait_for(lambda: value(one, "flip_runs_started_total") == 2)
             page = get(one, "/")[1]
             assert "net-1" in page
             assert str(folder) in page
@@ -141,7 +127,7 @@ def test_its_loops_show_when_they_last_did_their_work(folder: Path) -> None:
             assert last is not None, name
             assert begun - 1 <= last <= time.time()
         before = one.last_successes()
-        until(lambda: all(one.last_successes()[name] > before[name] for name in ("heartbeat", "fold")))
+        wait_for(lambda: all(one.last_successes()[name] > before[name] for name in ("heartbeat", "fold")))
 
 
 def test_it_tells_the_hub_what_was_left_behind(folder: Path) -> None:
@@ -150,7 +136,7 @@ def test_it_tells_the_hub_what_was_left_behind(folder: Path) -> None:
         ledger.append(Entry(str(uuid.uuid4()), time.time(), outbox=(item,)))
         told = settings(LOCAL_DEV=False, FLIP_API_INTERNAL_URL=hub.url, INTERNAL_SERVICE_KEY=hub.key)
         with observing(folder, settings=told):
-            until(lambda: [record.status for record in hub.records if record.accepted] == ["ERROR"])
+            wait_for(lambda: [record.status for record in hub.records if record.accepted] == ["ERROR"])
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("flip-observer")]
 
 
@@ -169,8 +155,8 @@ def test_it_takes_in_spools_and_forgets_what_is_old(folder: Path) -> None:
         mine = Spool(folder)
         mine.add(Entry(str(uuid.uuid4()), time.time()))
         with observing(folder):
-            until(lambda: ledger.run(spooled) is not None)
-            until(lambda: ledger.run(old.run_id) is None)
+            wait_for(lambda: ledger.run(spooled) is not None)
+            wait_for(lambda: ledger.run(old.run_id) is None)
         assert mine.path.exists()  # its process lives
 
 
@@ -178,9 +164,9 @@ def test_own_errors_are_counted_in_the_ledger(folder: Path) -> None:
     with observing(folder) as one:
         errors.report("results", "Something", "a test")
         errors.report("results", "Something", "a test")
-        until(lambda: value(one, "flip_observability_errors_total", component="results") == 2)
+        wait_for(lambda: value(one, "flip_observability_errors_total", component="results") == 2)
         errors.report("salvage", "Something", "a test")
-        until(lambda: value(one, "flip_observability_errors_total", component="salvage") == 1)
+        wait_for(lambda: value(one, "flip_observability_errors_total", component="salvage") == 1)
         assert value(one, "flip_observability_errors_total", component="results") == 2
 
 
@@ -188,22 +174,22 @@ def test_errors_that_could_not_be_written_are_not_forgotten(folder: Path) -> Non
     with observing(folder) as one, contextlib.closing(sqlite3.connect(folder / FILE_NAME)) as database:
         database.execute("CREATE TRIGGER t BEFORE INSERT ON events BEGIN SELECT RAISE(ABORT, 'no'); END")
         errors.report("results", "Something", "a test")
-        until(lambda: errors._counts["observer"])
+        wait_for(lambda: errors._counts["observer"])
         database.execute("DROP TRIGGER t")
-        until(lambda: value(one, "flip_observability_errors_total", component="results") == 1)
+        wait_for(lambda: value(one, "flip_observability_errors_total", component="results") == 1)
 
 
 def test_503_until_everything_has_been_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = threading.Event()
     monkeypatch.setattr(MetricsFold, "catch_up", lambda _: counted.wait(0.05))
     with observing(folder, wait=False) as one:
-        until(lambda: one.active)
+        wait_for(lambda: one.active)
         for path in ("/metrics", "/readyz"):
             code, text = get(one, path)
             assert (code, "counted" in text) == (503, True)
         assert get(one, "/healthz")[0] == 200
         counted.set()
-        until(lambda: get(one)[0] == 200)
+        wait_for(lambda: get(one)[0] == 200)
 
 
 # -- a loop that fails -------------------------------------------------------------------------------------------------
@@ -225,10 +211,10 @@ class Fragile:
 def test_a_sentinel_that_raises_is_tried_again_counted_and_holds_nobody_up(folder: Path) -> None:
     sentinel = Fragile(ValueError("accession-4711"), OSError("accession-4711"), RuntimeError("accession-4711"))
     with observing(folder, sentinel=sentinel) as one:
-        until(lambda: sentinel.sweeps == 4)
-        until(lambda: value(one, "flip_observability_errors_total", component="observer") == 3)
+        wait_for(lambda: sentinel.sweeps == 4)
+        wait_for(lambda: value(one, "flip_observability_errors_total", component="observer") == 3)
         one.nudge("sentinel")
-        until(lambda: sentinel.sweeps == 5)
+        wait_for(lambda: sentinel.sweeps == 5)
         assert sentinel.sweeps == 5
 
 
@@ -236,7 +222,7 @@ def test_a_loop_that_keeps_failing_backs_off_and_is_visible(folder: Path) -> Non
     sentinel = Fragile(*[ValueError()] * 1_000)
     with observing(folder, sentinel=sentinel) as one:
         stale = value(one, "flip_observer_loop_last_success_timestamp_seconds", loop="sentinel")
-        until(lambda: sentinel.sweeps >= 4)
+        wait_for(lambda: sentinel.sweeps >= 4)
         assert value(one, "flip_observer_loop_last_success_timestamp_seconds", loop="sentinel") == stale
         assert sentinel.sweeps < 20
         assert get(one, "/readyz")[0] == 200
@@ -244,7 +230,7 @@ def test_a_loop_that_keeps_failing_backs_off_and_is_visible(folder: Path) -> Non
 
 def test_the_log_tells_the_type_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with observing(folder, sentinel=Fragile(ZeroDivisionError("accession-4711"))):
-        until(lambda: "sentinel" in caplog.text)
+        wait_for(lambda: "sentinel" in caplog.text)
     assert "ZeroDivisionError" in caplog.text
     assert "4711" not in caplog.text
 
@@ -262,7 +248,7 @@ def test_a_dispatcher_that_is_stuck_is_built_anew(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(observer, "STALLED_SECONDS", 0.3)
     monkeypatch.setattr(observer, "DISPATCHER_SECONDS", 0.2)
     with observing(folder):
-        until(lambda: len(built) == 2)
+        wait_for(lambda: len(built) == 2)
 
 
 # -- a ledger that something happens to --------------------------------------------------------------------------------
@@ -288,7 +274,7 @@ def _truncate_half(folder: Path) -> None:
 
 def _scribble(folder: Path) -> None:
     with Ledger(folder) as ledger:  # nothing is left in the write-ahead log: what the file holds is what there is
-        until(lambda: ledger._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0] == 0)
+        wait_for(lambda: ledger._rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0] == 0)
     with (folder / FILE_NAME).open("r+b") as file:
         file.write(b"\xa5" * (folder / FILE_NAME).stat().st_size)
 
@@ -312,14 +298,14 @@ def test_harm_to_the_ledger_is_survived(folder: Path, harm: Callable[[Path], Non
     with observing(folder) as one:
         assert value(one, "flip_runs_finished_total", status="RESULTS_UPLOADED") == 20
         harm(folder)
-        until(lambda: _a_run_fails(folder))
-        until(lambda: value(one, "flip_runs_finished_total", status="ERROR") == 1)
-        until(lambda: value(one, "flip_ledger_writable") == 1)
+        wait_for(lambda: _a_run_fails(folder))
+        wait_for(lambda: value(one, "flip_runs_finished_total", status="ERROR") == 1)
+        wait_for(lambda: value(one, "flip_ledger_writable") == 1)
         assert get(one, "/readyz") == (200, "ready\n")
         with Ledger(folder, read_only=True) as ledger:  # it is the new file that it holds and looks after
-            until(lambda: ledger.live_observer(time.time()) == one.token)
+            wait_for(lambda: ledger.live_observer(time.time()) == one.token)
             ledger_of = {loop.name: loop._connection for loop in (one._keeper, *one._loops)}
-            until(lambda: not any(connection.is_stale() for connection in ledger_of.values()))
+            wait_for(lambda: not any(connection.is_stale() for connection in ledger_of.values()))
 
 
 def _a_run_fails(folder: Path) -> bool:
@@ -341,8 +327,8 @@ def _a_run_fails(folder: Path) -> bool:
 def test_a_corrupt_ledger_is_set_aside_not_deleted(folder: Path) -> None:
     with observing(folder) as one:
         _scribble(folder)
-        until(lambda: list(folder.glob("*.corrupt-*")))
-        until(lambda: get(one, "/readyz")[0] == 200)
+        wait_for(lambda: list(folder.glob("*.corrupt-*")))
+        wait_for(lambda: get(one, "/readyz")[0] == 200)
     kept = [path for path in folder.glob("*.corrupt-*") if not path.name.endswith(("-wal", "-shm"))]
     assert [path.read_bytes()[:3] for path in kept] == [b"\xa5" * 3]
 
@@ -354,21 +340,21 @@ def test_a_locked_ledger_is_not_writable_and_then_is(folder: Path, monkeypatch: 
             loop._connection.ledger()._db.execute("PRAGMA busy_timeout=100")
         database.isolation_level = None
         database.execute("BEGIN IMMEDIATE")
-        until(lambda: value(one, "flip_ledger_writable") == 0)
+        wait_for(lambda: value(one, "flip_ledger_writable") == 0)
         assert one.active
         database.execute("ROLLBACK")
-        until(lambda: value(one, "flip_ledger_writable") == 1)
+        wait_for(lambda: value(one, "flip_ledger_writable") == 1)
         assert not list(folder.glob("*.corrupt-*"))
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with observing(tmp_path / "file", wait=False) as one:
-        until(lambda: "cannot be written" in get(one, "/readyz")[1])
+        wait_for(lambda: "cannot be written" in get(one, "/readyz")[1])
         assert get(one)[0] == 503
         assert get(one, "/healthz")[0] == 200
         (tmp_path / "file").unlink()
-        until(lambda: get(one, "/readyz")[0] == 200)
+        wait_for(lambda: get(one, "/readyz")[0] == 200)
 
 
 def test_a_scrape_while_sixteen_runs_write(folder: Path) -> None:
@@ -388,7 +374,7 @@ def test_a_scrape_while_sixteen_runs_write(folder: Path) -> None:
         begun.wait(60)
         while any(thread.is_alive() for thread in threads):
             assert get(one)[0] == 200
-        until(lambda: value(one, "flip_runs_finished_total", status="RESULTS_UPLOADED") == 16)
+        wait_for(lambda: value(one, "flip_runs_finished_total", status="RESULTS_UPLOADED") == 16)
 
 
 # -- one at a time -----------------------------------------------------------------------------------------------------
@@ -401,7 +387,7 @@ def _says(one: Observer, text: str) -> bool:
 def test_only_one_serves_and_the_others_say_who(folder: Path) -> None:
     with observing(folder) as first, observing(folder, wait=False) as second, observing(folder, wait=False) as third:
         for other in (second, third):
-            until(partial(_says, other, "has it"))
+            wait_for(partial(_says, other, "has it"))
             for path in ("/metrics", "/readyz"):
                 code, text = get(other, path)
                 assert code == 503
@@ -409,11 +395,11 @@ def test_only_one_serves_and_the_others_say_who(folder: Path) -> None:
             assert get(other, "/healthz")[0] == 200
             assert not other.active
         first.stop()
-        until(lambda: second.active or third.active)
+        wait_for(lambda: second.active or third.active)
         time.sleep(0.5)
         assert [second.active, third.active].count(True) == 1
         heir = second if second.active else third
-        until(lambda: get(heir)[0] == 200)
+        wait_for(lambda: get(heir)[0] == 200)
 
 
 def test_one_that_was_killed_is_followed_at_once(folder: Path) -> None:
@@ -429,13 +415,13 @@ def test_one_that_was_killed_is_followed_at_once(folder: Path) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "active\n"
             with observing(folder, wait=False) as one:
-                until(lambda: f"process {process.pid}" in get(one, "/readyz")[1])
+                wait_for(lambda: f"process {process.pid}" in get(one, "/readyz")[1])
                 process.send_signal(signal.SIGSTOP)  # it lives, and comes back
                 time.sleep(1)
                 assert not one.active
                 process.kill()
                 process.wait()
-                until(lambda: get(one)[0] == 200, OBSERVER_SECONDS / 2)
+                wait_for(lambda: get(one)[0] == 200, OBSERVER_SECONDS / 2)
         finally:
             process.kill()
 
@@ -510,15 +496,15 @@ def test_a_taken_port_is_an_error_in_the_log_and_does_not_stop_the_rest(
         with observing(folder, port=port, insist=False, wait=False) as second:
             assert "--port" in caplog.text
             first.stop()
-            until(lambda: second.active)
-            until(lambda: get(port)[0] == 200)
+            wait_for(lambda: second.active)
+            wait_for(lambda: get(port)[0] == 200)
             assert value(second, "flip_observability_errors_total", component="exporter") is not None
 
 
 def test_without_an_endpoint(folder: Path) -> None:
     with observing(folder, serve=False, wait=False) as one:
         assert one.exporter is None
-        until(lambda: one.active)
+        wait_for(lambda: one.active)
 
 
 def test_start_and_stop_as_often_as_one_likes(folder: Path) -> None:
@@ -527,7 +513,7 @@ def test_start_and_stop_as_often_as_one_likes(folder: Path) -> None:
     for _ in range(3):
         one.start()
         one.start()
-        until(lambda: get(one)[0] == 200)
+        wait_for(lambda: get(one)[0] == 200)
         one.stop()
         one.stop()
         assert not one.active
@@ -572,7 +558,7 @@ def test_nothing_is_left_open(folder: Path) -> None:
     for _ in range(5):
         with observing(folder) as one:
             get(one)
-    until(lambda: descriptors() <= before + 4, 10)
+    wait_for(lambda: descriptors() <= before + 4, 10)
 
 
 def test_a_run_leaves_the_chores_to_an_observer_that_lives(folder: Path) -> None:
@@ -583,7 +569,7 @@ def test_a_run_leaves_the_chores_to_an_observer_that_lives(folder: Path) -> None
         for lives in (True, False):
             recorder = RunRecorder(RunIdentity(str(uuid.uuid4())), settings(), folder)
             try:
-                until(lambda recorder=recorder: all(recorder._due))  # type: ignore[misc]
+                wait_for(lambda recorder=recorder: all(recorder._due))  # type: ignore[misc]
             finally:
                 recorder.close()
             assert (ledger.run(spooled) is None) is lives

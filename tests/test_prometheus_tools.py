@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import prometheus_tools
-from prometheus_tools import FETCH, Alertmanager, Prometheus, Webhook, require, static_page, wait_for
+from prometheus_tools import FETCH, Alertmanager, Prometheus, Webhook, require, static_page
+from waiting import wait_for
 
 
 def _fetch(**environment: str) -> subprocess.CompletedProcess[str]:

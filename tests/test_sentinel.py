@@ -27,7 +27,7 @@ from flip_observability.ending import SALVAGE
 from flip_observability.ledger import FILE_NAME, Entry, Ledger, OutboxItem
 from flip_observability.lifecycle import Event
 from flip_observability.process import ProcessIdentity, current_process
-from flip_observability.sentinel import Patience, Phase, Sentinel
+from flip_observability.sentinel import IDLE_SECONDS, Patience, Phase, Sentinel
 from flip_observability.settings import Settings
 from flip_observability.spool import Spool
 from flip_observability.tracing import Tracing
@@ -125,7 +125,7 @@ class Site:
         return self.row(run)["final_status"]  # type: ignore[no-any-return]
 
     def wait_for(self, run: Run, column: str, value: Any, seconds: float = 20.0) -> None:
-        wait_until(lambda: self.row(run)[column] == value, seconds, f"{column} = {value}", pause=0.02)
+        wait_until(lambda: self.row(run)[column] == value, seconds, f"{column} = {value}", every=0.02)
 
     def names(self, run: Run) -> list[str]:
         return [row["name"] for row in self.ledger.events(run.run_id)]
@@ -185,11 +185,17 @@ def test_a_run_is_left_alone_while_its_process_lives_and_ended_when_it_is_killed
     site.wait_for(run, "intent", "SALVAGED")
     assert site.archive_of(run) == FILES
     assert site.row(run)["results_uri"].endswith("-salvaged.zip")
-    assert site.sentinel().sweep() == sentinel.sweep() == 60.0
+    assert site.sentinel().sweep() == sentinel.sweep() == IDLE_SECONDS
     assert site.told(run) == ["ERROR"]
     assert [site.names(run).count(name) for name in (OwnEvents.ORPHANED, OwnEvents.FINAL_STATUS)] == [1, 1]
     assert [len(site.facts(run, name)) for name in ("orphaned", "run_finished", "upload_size")] == [1, 1, 1]
     assert site.row(run)["problems"].keys() == {"orphaned"}
+
+
+def test_between_two_sweeps_is_less_than_a_death_may_take_to_be_known(site: Site) -> None:
+    assert site.sentinel(parent=False).sweep() <= 20.0
+    site.begin(site.start())
+    assert site.sentinel(parent=False).sweep() <= 5.0
 
 
 def test_a_zombie_is_gone(site: Site) -> None:
@@ -352,7 +358,7 @@ def test_a_job_without_our_components_is_not_ours_to_end(site: Site) -> None:
 
 def test_without_a_server_to_ask_registrations_are_left_alone(site: Site) -> None:
     run = site.register()
-    assert site.sentinel(parent=False).sweep() == 60.0
+    assert site.sentinel(parent=False).sweep() == IDLE_SECONDS
     assert site.final(run) is None
 
 

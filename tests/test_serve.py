@@ -11,20 +11,20 @@ import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+import waiting
 from certificates import Authority
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.ledger import Entry, Ledger, OutboxItem
 from flip_observability.settings import Settings
 from history import Run
+from waiting import wait_for
 
 
 @pytest.fixture
@@ -55,14 +55,7 @@ class Server:
         self.url = f"{found[1]}://127.0.0.1:{self.port}" if found else ""
 
     def get(self, path: str = "/metrics", context: ssl.SSLContext | None = None) -> tuple[int, str]:
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=30, context=context) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
-        except OSError as error:
-            return 0, type(error).__name__
+        return waiting.get(self.url + path, context)
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
         self.process.send_signal(number)
@@ -80,19 +73,12 @@ def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Serve
             server.end(signal.SIGKILL)
 
 
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_from_start_to_end(folder: Path, number: int) -> None:
     with Ledger(folder) as ledger, serving(folder, NET_ID="net-7") as server:
         assert str(folder) in server.said
         assert "net-7" in server.said
-        until(lambda: server.get()[0] == 200)
+        wait_for(lambda: server.get()[0] == 200)
         Run(ledger).train({"site-1": 1})
         code, out, err = server.end(number)
         assert (code, "Stopped." in out, "Traceback" in err) == (0, True, False)
@@ -112,7 +98,7 @@ def test_it_tells_the_hub_what_a_dead_run_left(folder: Path) -> None:
         item = OutboxItem(model, "status", {"status": "STOPPED"}, final=True)
         ledger.append(Entry(str(uuid.uuid4()), time.time(), outbox=(item,)))
         with serving(folder, LOCAL_DEV="false", FLIP_API_INTERNAL_URL=hub.url, INTERNAL_SERVICE_KEY=hub.key) as server:
-            until(lambda: [record.status for record in hub.records if record.accepted] == ["STOPPED"])
+            wait_for(lambda: [record.status for record in hub.records if record.accepted] == ["STOPPED"])
             code, out, err = server.end()
         assert code == 0
         assert hub.key not in out + err
@@ -124,17 +110,17 @@ def _says(server: Server, text: str) -> bool:
 
 def test_three_on_one_ledger_and_the_first_is_killed(folder: Path) -> None:
     with serving(folder) as first:
-        until(lambda: first.get()[0] == 200)
+        wait_for(lambda: first.get()[0] == 200)
         with serving(folder) as second, serving(folder) as third:
             others = (second, third)
             for other in others:
-                until(partial(_says, other, f"process {first.process.pid} has it"))
+                wait_for(partial(_says, other, f"process {first.process.pid} has it"))
                 assert [other.get(path)[0] for path in ("/metrics", "/readyz", "/healthz")] == [503, 503, 200]
             first.end(signal.SIGKILL)
-            until(lambda: 200 in [other.get()[0] for other in others])
+            wait_for(lambda: 200 in [other.get()[0] for other in others])
             heir, last = sorted(others, key=lambda other: other.get()[0])
             assert [heir.get()[0], last.get()[0]] == [200, 503]
-            until(partial(_says, last, f"process {heir.process.pid} has it"))
+            wait_for(partial(_says, last, f"process {heir.process.pid} has it"))
 
 
 def test_https_with_clients_of_one_authority_alone(folder: Path, tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from flip_observability.ledger import FILE_NAME, Ledger
 from flip_observability.settings import Settings
 from history import Run
 from otlp_sink import CLIENT, ERROR, OtlpSink, check_trace
-from prometheus_tools import Prometheus, free_port, wait_for
+from prometheus_tools import Prometheus
 from test_serve import Server, serving
+from waiting import free_port, wait_for
 
 SECONDS = 60.0
 
