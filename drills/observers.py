@@ -17,7 +17,7 @@ from s3_faults import Fault, FaultProxy, Request
 MEGABYTES = 24
 """Of results: several parts."""
 FULL_FOLDS, QUICK_FOLDS = 12, 4
-EVENTS_AT_ONCE = 300
+EVENTS_AT_ONCE = 50
 
 
 def in_a_salvage(stage: Stage) -> Sequence[Run]:
@@ -79,20 +79,22 @@ def in_a_delivery(stage: Stage) -> Sequence[Run]:
 def in_a_fold(stage: Stage) -> Sequence[Run]:
     """SIGKILL at random moments, while a run has many events: each is counted once in the end."""
     site = stage.small()
+    name = FlareEvents.AFTER_CONTRIBUTION_ACCEPT.value
     job = site.job()
     job.begin()
     for _ in range(FULL_FOLDS if stage.full else QUICK_FOLDS):
         observer = site.observer()
-        job.tell("fire", FlareEvents.AFTER_CONTRIBUTION_ACCEPT.value, None, EVENTS_AT_ONCE)
+        for _ in range(EVENTS_AT_ONCE):
+            job.tell("fire", name)
         time.sleep(stage.rng.uniform(0.0, 1.5))
         observer.kill()
-        job.answer()
+        for _ in range(EVENTS_AT_ONCE):
+            job.answer()
     job.train()
     job.end(abort=True)
     run = job.run(finals=STOPPED)
     job.leave()
     site.observer()
-    name = FlareEvents.AFTER_CONTRIBUTION_ACCEPT.value
     with Ledger(site.ledger_dir, read_only=True) as ledger:
         happened = [row["name"] for row in ledger.events(job.job_id)].count(name)
     wait_until(lambda: _counted(site, name) >= happened, 30, "all that happened is counted")

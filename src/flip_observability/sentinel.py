@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 WATCHING_SECONDS = 2.0
 """Between two sweeps while a run goes on: its death must be known at the hub within 30 s."""
 WAITING_SECONDS = 5.0
-IDLE_SECONDS = 60.0
+IDLE_SECONDS = 15.0
+"""Where nobody says that a run has begun, it can begin and die between two sweeps."""
 MAX_RUNS = 10_000
 MAX_ATTEMPTS = 5
 """After so many failures a run gets its final status without its history: rather that than never."""
