@@ -787,3 +787,33 @@ def test_a_closed_ledger_ends_nothing(hub: EmbeddedHub, tmp_path: Path) -> None:
     assert not dispatcher.wait_for("x", 0.3)
     assert dispatcher.run_once() == 0
     dispatcher.stop(30)
+
+
+# -- before anything is taken ------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_sent_before_what_must_precede_it_has_been_done(
+    hub: EmbeddedHub, ledger: Ledger, tmp_path: Path
+) -> None:
+    model = new_id()
+    status(ledger, model, "INITIATED", T0)
+    calls: list[int] = []
+
+    def prepare() -> None:
+        calls.append(len(hub.records))
+        if len(calls) < 3:
+            raise OSError("the disk")
+
+    settings = settings_for(hub)
+    dispatcher = Dispatcher(ledger, HubTransport(settings), settings, prepare=prepare)
+    for _ in range(2):
+        assert dispatcher.run_once(T0) == 0
+    assert dispatcher.run_once(T0) == 1
+    assert calls == [0, 0, 0]
+    status(ledger, model, "PREPARED", T0)
+    dispatcher._ledger = Ledger(tmp_path / "other")
+    dispatcher._ledger.close()  # one that cannot be used
+    assert dispatcher.run_once(T0 + 5) == 0
+    dispatcher._ledger = ledger
+    assert dispatcher.run_once(T0 + 10) == 1
+    assert len(calls) == 4

@@ -350,7 +350,8 @@ POLL_SECONDS = 0.5
 FIRST_BACKOFF = 0.5
 MIN_BACKOFF = 0.05
 MAX_PROBE_SECONDS = 15.0
-MAX_ROW_SECONDS = 60.0
+MAX_ROW_SECONDS = 25.0
+"""A final status is to be known within 30 s after whatever kept it back has been mended."""
 EXPIRY_SECONDS = 60.0
 """How often the outbox is searched for rows that have become too old."""
 EXPIRY_BATCH = 1_000
@@ -417,6 +418,8 @@ class Dispatcher:
         settings: for the age at which what is not final is given up.
         clock: epoch seconds.
         rng: for the jitter.
+        prepare: called before the first row is taken, and again when rows could not be taken for a while. What it
+            raises is reported, and nothing is taken until it works.
     """
 
     def __init__(
@@ -427,7 +430,9 @@ class Dispatcher:
         *,
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
+        prepare: Callable[[], object] = lambda: None,
     ) -> None:
+        self._prepare, self._prepared = prepare, False
         self._ledger = ledger
         self._transport = transport
         self._max_age = settings.outbox_max_age_hours * 3600
@@ -559,11 +564,15 @@ class Dispatcher:
     def _pump(self, now: float | None) -> int:
         """Take rows and begin to send them. Returns how many."""
         try:
+            if not self._prepared:
+                self._prepare()
+                self._prepared = True
             self._expire(self._time(now))
             self._inherit(self._time(now))
             rows, probe = self._take(self._time(now))
         except Exception as error:  # noqa: BLE001 - this loop lives as long as the process
             report("hub", error, "cannot take rows from the outbox; trying again")
+            self._prepared = False
             return 0
         self._last_look = time.time()
         for row in rows:

@@ -61,7 +61,7 @@ class Observer:
         directory: the ledger's folder.
         host, port, tls: of the endpoint, as for :class:`~flip_observability.exporter.Exporter`.
         serve: False for one without an endpoint.
-        sentinel: swept at once, every minute or as it says, and after ``nudge("sentinel")``, on a thread of its own.
+        sentinel: swept at once, when it says, every minute at least, and after ``nudge("sentinel")``, on a thread of its own.
         judge: whether the server's parent process tells the sentinel how jobs end.
         transport: how the hub is reached; from the settings when None.
         insist: whether :meth:`start` raises when the endpoint cannot be had. Otherwise that is logged and tried again.
@@ -432,7 +432,14 @@ class _Dispatch:
     def __init__(self, observer: Observer, ledger: Ledger) -> None:
         self._transport = observer._transport or transport_for(observer.settings)
         self._own = observer._transport is None
-        self._dispatcher = Dispatcher(ledger, self._transport, observer.settings)
+        self._dispatcher = Dispatcher(
+            ledger,
+            self._transport,
+            observer.settings,
+            # While the ledger could not be written, a run may have told the hub its end, and this is where that stands.
+            # Its earlier statuses, which still wait in the ledger, must not be sent after it.
+            prepare=lambda: take_spools(ledger, observer.directory, time.time()),
+        )
         self._begun = time.time()
         self._dispatcher.start()
 
