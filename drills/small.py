@@ -166,7 +166,7 @@ class SmallSite:
         variables: Mapping[str, str] | None = None,
         network: str = "",
     ) -> None:
-        home.mkdir(parents=True, exist_ok=True)
+        (home / "tmp").mkdir(parents=True)
         self.home, self.times, self.network, self.results = home, times, network, results
         self.ledger_dir = ledger_dir or home / "ledger"
         self.canary = f"Edeltraud Beispiel, accession {uuid.uuid4().hex[:12]}"
@@ -205,6 +205,7 @@ class SmallSite:
             "FLIP_OBSERVABILITY_DIR": str(self.ledger_dir),
             "NET_ID": "net-1",
             FOLDER_VARIABLE: str(self.times),
+            "TMPDIR": str(self.home / "tmp"),
             **self._more,
         }
 

@@ -12,6 +12,7 @@ import logging
 import os
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -94,8 +95,7 @@ def run_job(spec: JobSpec, pipe: Connection) -> None:
     """A job process: answers every command with the seconds that it took."""
     _settle_in(spec.environment, spec.log, spec.network)
     if spec.file_system:
-        kind = spec.file_system
-        ledger.file_system_of = lambda _: kind
+        _pretend(spec.file_system)
     job = _Job(spec)
     pipe.send(os.getpid())
     _obey(pipe, {"fire": job.fire, "begin": job.begin, "round": job.round, "end": job.end, "panic": job.panic})
@@ -116,6 +116,13 @@ def observe(spec: ObserverSpec, pipe: Connection) -> None:
     _obey(pipe, {})
     observer.stop()
     os._exit(0)
+
+
+def _pretend(kind: str) -> None:
+    def file_system_of(directory: Path) -> str:
+        return kind
+
+    ledger.file_system_of = file_system_of
 
 
 def hold_lock(path: Path, pipe: Connection) -> None:
@@ -254,6 +261,7 @@ def _settle_in(environment: Mapping[str, str], log: Path, network: str) -> None:
     for name in [name for name in os.environ if name.startswith(OURS)]:
         del os.environ[name]
     os.environ.update(environment)
+    tempfile.tempdir = None  # it is remembered by who asked for it first
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
