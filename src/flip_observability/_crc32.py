@@ -33,7 +33,7 @@ def _shift(length: int) -> int:
 
 
 def combine(first: int, other: int, second_length: int) -> int:
-    """CRC-32 of two byte strings in a row, from the CRC-32 of each; or of the second, from that of the first and of both.
+    """CRC-32 of two byte strings in a row, from that of each; or of the second one, from that of the first and of both.
 
     So what runs along a stream of bytes is computed once, and tells that of every stretch of it.
 
