@@ -168,7 +168,8 @@ def _judge_statuses(drill: Drill, run: Run, outcome: Outcome) -> None:
 
 def _judge_results(drill: Drill, run: Run, stage: Stage, outcome: Outcome) -> None:
     wanted = drill.results if run.results is None else run.results
-    deadline = time.monotonic() + (RESULTS_SECONDS if wanted else 0.0)
+    patient = wanted is True and bool(_finals(run.hub, run.model_id))
+    deadline = time.monotonic() + (RESULTS_SECONDS if patient else 0.0)
     while not (found := run.archives(run.model_id)) and time.monotonic() < deadline:
         time.sleep(0.3)
     outcome.results.append(f"{len(found)}" if found else "none")
