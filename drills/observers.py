@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -24,8 +25,8 @@ def in_a_salvage(stage: Stage) -> Sequence[Run]:
     """SIGKILL while it brings the second part of a dead run's results to the bucket."""
     site = stage.small()
     job = site.job(megabytes=MEGABYTES)
-    observer = site.observer()
     job.begin().train()
+    observer = site.observer()
 
     def kill(_: FaultProxy, __: Request) -> None:
         observer.kill()
@@ -40,8 +41,8 @@ def in_a_salvage_that_decides(stage: Stage) -> Sequence[Run]:
     """The same, where the final status waits for the upload: the job died in its own."""
     site = stage.small()
     job = site.job(megabytes=MEGABYTES)
-    observer = site.observer()
     job.begin().train()
+    observer = site.observer()
 
     def kill_job(_: FaultProxy, __: Request) -> None:
         job.kill()
@@ -64,8 +65,8 @@ def in_a_delivery(stage: Stage) -> Sequence[Run]:
     """SIGKILL while the hub has a final status, and does not answer."""
     site = stage.small()
     job = site.job()
-    observer = site.observer()
     job.begin().train()
+    observer = site.observer()
     site.hub.wait(lambda hub: bool(hub.statuses(job.model_id)))
     site.hub.hang()
     job.kill()
@@ -106,9 +107,8 @@ def in_a_fold(stage: Stage) -> Sequence[Run]:
 
 
 def _counted(site: SmallSite, name: str) -> int:
-    for line in site.page().splitlines():
-        if line.startswith("flip_lifecycle_events_total{") and f'event="{name.lstrip("_")}"' in line:
-            return int(float(line.rpartition(" ")[2]))
+    with contextlib.suppress(OSError):  # not all has been counted yet
+        return int(site.metric("flip_lifecycle_events_total", event=name.lstrip("_")))
     return 0
 
 
