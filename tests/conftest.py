@@ -1,16 +1,27 @@
 """Fixtures and settings that all test files share."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
 from demo_runs import demo_runs
 from flip_observability import errors
+from flip_observability.settings import Settings
 
 __all__ = ["demo_runs"]
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("flip", deadline=None)
 settings.load_profile("flip")
+
+
+def pytest_configure() -> None:
+    """What somebody has set for a server of theirs is not for the tests. Those that need a variable set it."""
+    ours = {str(field.alias) for field in Settings.model_fields.values()} | {"COLUMNS", "FLIP_SERVER_WORKSPACE"}
+    for name in list(os.environ):
+        if name in ours or name.startswith(("OTEL_", "AWS_")):
+            del os.environ[name]
 
 
 @pytest.fixture(autouse=True)

@@ -37,8 +37,6 @@ FlipObs = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("LOCAL_DEV", "UPLOADED_FEDERATED_DATA_BUCKET", "COLUMNS"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FLIP_OBSERVABILITY_DIR", str(tmp_path / "ledger"))
     monkeypatch.chdir(tmp_path)
 

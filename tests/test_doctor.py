@@ -42,15 +42,6 @@ KEY = "canary-of-the-service-key"
 SECRET = "canary-of-a-header"
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("OTEL_", "AWS_", "FLIP_")) or name == "COLUMNS":
-            monkeypatch.delenv(name)
-    for item in Settings.model_fields.values():
-        monkeypatch.delenv(str(item.alias), raising=False)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "ledger"

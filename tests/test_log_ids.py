@@ -11,7 +11,6 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -58,8 +57,7 @@ def test_a_real_runs_log_has_its_ids(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job", model, SCENARIOS["success"])
     workspace = prepare_workspace(tmp_path / "workspace")
     (workspace / "local" / "log_config.json").write_text(configuration())
-    environment: dict[str, Any] = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
-    environment |= {"LOCAL_DEV": "true", "FLIP_OBSERVABILITY_DIR": str(tmp_path / "ledger")}
+    environment = {**os.environ, "LOCAL_DEV": "true", "FLIP_OBSERVABILITY_DIR": str(tmp_path / "ledger")}
     done = subprocess.run(
         [sys.executable, "-m", "flip_observability.demo.job", str(job), str(workspace)],
         env=environment,

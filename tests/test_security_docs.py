@@ -148,8 +148,6 @@ def process() -> Iterator[int]:
 
 @pytest.fixture
 def s3(process: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Enforcing]:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
     monkeypatch.setattr(_multipart, "PATIENCE", _multipart.Patience(first_pause=0.001, longest_pause=0.005))
     requests.post(f"http://127.0.0.1:{process}/moto-api/reset-auth", data=str(10**9), timeout=10)
     requests.post(f"http://127.0.0.1:{process}/moto-api/reset", timeout=10)

@@ -22,7 +22,6 @@ import waiting
 from certificates import Authority
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.ledger import Entry, Ledger, OutboxItem
-from flip_observability.settings import Settings
 from history import Run
 from waiting import wait_for
 
@@ -31,13 +30,6 @@ from waiting import wait_for
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "ledger").mkdir()
     return tmp_path / "ledger"
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    for item in Settings.model_fields.values():
-        monkeypatch.delenv(str(item.alias), raising=False)
 
 
 class Server:

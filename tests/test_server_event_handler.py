@@ -86,13 +86,6 @@ class Engine:
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in (
-        "FLIP_API_INTERNAL_URL",
-        "INTERNAL_SERVICE_KEY",
-        "UPLOADED_FEDERATED_DATA_BUCKET",
-        "FLIP_HUB_CONTRACT",
-    ):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_DEV", "true")
     monkeypatch.setenv("FLIP_OBSERVABILITY_DIR", str(tmp_path / "ledger"))
     yield

@@ -35,17 +35,11 @@ from flip_observability.settings import Settings
 from flip_observability.tracing import RunTags, Tracing, root_span_id, trace_id_of
 from history import Run
 from otlp_sink import CLIENT, ERROR, OtlpSink, check_trace
+from waiting import wait_for
 
 PROTOCOLS = ["grpc", "http/protobuf"]
 KEY = "canary-service-key"
 PATIENT = "patient-id-4711"
-
-
-@pytest.fixture(autouse=True)
-def _no_otel(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("OTEL_"):
-            monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -66,15 +60,6 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tracing]]:
 def span(run_id: str, name: str = RUN, key: str = RUN, **values: Any) -> Span:
     parent = None if name == RUN else root_span_id(run_id)
     return Span(name, derive_span_id(run_id, key), parent, 1_000.25, 1_002.5, {}, **values)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # -- what arrives ------------------------------------------------------------------------------------------------------
@@ -252,7 +237,7 @@ def test_a_collector_that_is_ill_costs_nothing_and_is_counted(
                 RunTags(run_id), [span(run_id, "flip.round", str(number))], event.uid, lambda *a: told.append(a)
             )
             made.flush(0.2)
-        assert wait_until(lambda: len(told) >= 3)
+        wait_for(lambda: len(told) >= 3)
         assert not any(accepted for _, accepted in told)
         counted = errors.drain()
         assert set(counted) == {"tracing"}
@@ -317,7 +302,7 @@ def test_what_cannot_be_set_up_is_said_once(
     run_id = str(uuid.uuid4())
     made.submit(RunTags(run_id), [span(run_id)])
     made.flush(5)
-    assert wait_until(lambda: caplog.records)
+    wait_for(lambda: caplog.records)
     assert {record.name for record in caplog.records} == {"flip_observability"}
     assert kind in caplog.text
     assert value not in caplog.text
@@ -530,7 +515,7 @@ def test_with_a_broken_ledger_the_root_is_exported_once(make: Callable[..., Trac
         assert end(recorder)
         assert len(sink.wait_for(RUN)) == 1
         directory.unlink()
-        assert wait_until(lambda: recorder.ledger_writable, 30)
+        wait_for(lambda: recorder.ledger_writable)
         recorder.close()
         check_trace(sink.spans, recorder.identity.run_id)
         with Ledger(directory) as ledger:

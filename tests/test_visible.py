@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import sqlite3
@@ -28,7 +27,6 @@ from demo_runs import CANARY, PROTOCOLS, DemoRun, DemoRuns, load_run, play
 from flip_observability._catalogue import CATALOGUE, clean_label
 from flip_observability.demo.scenarios import SCENARIOS
 from flip_observability.ledger import FILE_NAME, Ledger
-from flip_observability.settings import Settings
 from history import Run
 from otlp_sink import CLIENT, ERROR, OtlpSink, check_trace
 from prometheus_tools import Prometheus
@@ -36,15 +34,6 @@ from test_serve import Server, serving
 from waiting import free_port, wait_for
 
 SECONDS = 60.0
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith("OTEL_"):
-            monkeypatch.delenv(name)
-    for item in Settings.model_fields.values():
-        monkeypatch.delenv(str(item.alias), raising=False)
 
 
 @contextlib.contextmanager
