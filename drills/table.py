@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from drills import aborts, deaths, observers
+from drills import aborts, bucket, collector, deaths, hub, ledger, observers
 from drills.judge import Drill
 
-DRILLS: tuple[Drill, ...] = (*deaths.DRILLS, *observers.DRILLS, *aborts.DRILLS)
+DRILLS: tuple[Drill, ...] = (
+    *deaths.DRILLS,
+    *observers.DRILLS,
+    *aborts.DRILLS,
+    *hub.DRILLS,
+    *bucket.DRILLS,
+    *ledger.DRILLS,
+    *collector.DRILLS,
+)
