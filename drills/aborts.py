@@ -16,8 +16,8 @@ from drills.stage import Stage
 from flip_observability.constants import FlipEvents
 from flip_observability.demo.job import _server
 from flip_observability.demo.scenarios import SCENARIOS
-from poc import wait_until
 from s3_faults import Fault, FaultProxy, Request, Response
+from waiting import wait_for
 
 SLOW_SECONDS = 15.0
 """For each part of an upload that NVFLARE ends after 10 s."""
@@ -94,7 +94,7 @@ def in_a_slow_upload(stage: Stage) -> Sequence[Run]:
     time.sleep(1.0)
     process = site.wait_for_job_process(run.job_id)
     site.admin.abort_job(run.job_id)
-    wait_until(lambda: not process.is_running() or process.status() == "zombie", 60, "NVFLARE ends the process")
+    wait_for(lambda: not process.is_running() or process.status() == "zombie", 60, "NVFLARE ends the process")
     assert not site.final_statuses(run.model_id), "the upload was not slow enough"
     site.proxy.faults.clear()
     run.since = time.time()
@@ -105,7 +105,7 @@ def in_the_queue(stage: Stage) -> Sequence[Run]:
     """``abort_job`` of a job that waits for a client who never comes."""
     site = stage.site()
     run = site.run_job(with_meta(mandatory_clients=["site-9"], min_clients=1))
-    wait_until(lambda: site.run(run.job_id), 30, "the registration")
+    wait_for(lambda: site.run(run.job_id), 30, "the registration")
     run.since = time.time()
     site.admin.abort_job(run.job_id)
     return [run]
@@ -115,7 +115,7 @@ def cannot_be_scheduled(stage: Stage) -> Sequence[Run]:
     """A job that waits for a client who never comes, until the scheduler gives up on it."""
     site = stage.site()
     run = site.run_job(with_meta(mandatory_clients=["site-9"], min_clients=1))
-    wait_until(lambda: _job_status(stage, run).endswith("CAN_NOT_SCHEDULE"), 120, "the scheduler gives up")
+    wait_for(lambda: _job_status(stage, run).endswith("CAN_NOT_SCHEDULE"), 120, "the scheduler gives up")
     run.since = time.time()
     return [run]
 
@@ -124,7 +124,7 @@ def fails_to_start(stage: Stage) -> Sequence[Run]:
     """A job whose configuration for the server cannot be read: it is deployed, and does not start."""
     site = stage.site()
     run = site.run_job(lambda _, server: server["workflows"][0].update(path="drills.components.Nowhere"))
-    wait_until(lambda: _job_status(stage, run).startswith("FINISHED"), 120, "NVFLARE gives the job up")
+    wait_for(lambda: _job_status(stage, run).startswith("FINISHED"), 120, "NVFLARE gives the job up")
     run.since = time.time()
     return [run]
 
@@ -132,17 +132,15 @@ def fails_to_start(stage: Stage) -> Sequence[Run]:
 def cannot_be_deployed(stage: Stage) -> Sequence[Run]:
     """A job that no client can take: its app for the clients breaks their rules."""
     site = stage.site()
-    job = _unsafe(site.write_job(model := _new_model(stage)))
-    run = Run(model, str(site.admin.submit_job(str(job))), time.time(), site.hub, site.read_archives)
-    wait_until(lambda: _job_status(stage, run).startswith("FINISHED"), 120, "NVFLARE gives the job up")
+    model_id = str(uuid.uuid4())
+    run = site.run_folder(_unreadable(site.write_job(model_id)), model_id)
+    wait_for(lambda: _job_status(stage, run).startswith("FINISHED"), 120, "NVFLARE gives the job up")
     run.since = time.time()
     return [run]
 
 
-def _unsafe(job: Path) -> Path:
-    """Custom code, which the clients' policy does not let in from a submitter of this role, and no configuration."""
-    file = job / "app" / "config" / "config_fed_client.json"
-    file.write_text("{")
+def _unreadable(job: Path) -> Path:
+    """Give the client an app whose configuration is no JSON."""
     meta = json.loads((job / "meta.json").read_text())
     meta["deploy_map"] = {"app": ["server"], "nowhere": ["site-1"]}
     (job / "nowhere").mkdir()
@@ -150,10 +148,6 @@ def _unsafe(job: Path) -> Path:
     (job / "nowhere" / "config" / "config_fed_client.json").write_text("{")
     (job / "meta.json").write_text(json.dumps(meta))
     return job
-
-
-def _new_model(stage: Stage) -> str:
-    return str(uuid.UUID(int=stage.rng.getrandbits(128), version=4))
 
 
 def _job_status(stage: Stage, run: Run) -> str:

@@ -16,8 +16,8 @@ from drills.site import Site, with_component
 from drills.stage import Stage
 from flip_observability.constants import FlareEvents, FlipEvents
 from flip_observability.ledger import FILE_NAME
-from poc import wait_until
 from s3_faults import Fault, FaultProxy, Request
+from waiting import wait_for
 
 ERROR, UPLOADED, STOPPED = frozenset({"ERROR"}), frozenset({"RESULTS_UPLOADED"}), frozenset({"STOPPED"})
 AT_ONCE = 3
@@ -82,7 +82,7 @@ def in_the_upload(stage: Stage) -> Sequence[Run]:
         run.since = site.kill_job(run.job_id)
 
     site.proxy.faults.append(Fault("UploadPart", kill, times=1, part=3))
-    wait_until(lambda: not site.proxy.faults or site.proxy.faults[0].times == 0, 120, "the third part")
+    wait_for(lambda: not site.proxy.faults or site.proxy.faults[0].times == 0, 120, "the third part")
     return [run]
 
 
@@ -92,7 +92,7 @@ def before_delivery(stage: Stage) -> Sequence[Run]:
     run = site.run_job(rounds=2)
     site.wait_for_event(run.job_id, FlareEvents.ABOUT_TO_END_RUN.value)
     site.hub.hang()
-    wait_until(lambda: (site.run(run.job_id) or {}).get("final_status"), 60, "the final status in the ledger")
+    wait_for(lambda: (site.run(run.job_id) or {}).get("final_status"), 60, "the final status in the ledger")
     site.kill_job(run.job_id)
     site.hub.heal()
     run.since = time.time()

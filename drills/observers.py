@@ -12,8 +12,8 @@ from drills.small import Process, SmallSite
 from drills.stage import Stage
 from flip_observability.constants import FlareEvents
 from flip_observability.ledger import Ledger
-from poc import wait_until
 from s3_faults import Fault, FaultProxy, Request
+from waiting import wait_for
 
 MEGABYTES = 24
 """Of results: several parts."""
@@ -33,7 +33,7 @@ def in_a_salvage(stage: Stage) -> Sequence[Run]:
 
     site.proxy.faults.append(Fault("UploadPart", kill, times=1, part=2))
     job.kill()
-    wait_until(lambda: not site.proxy.faults[0].times, 60, "the salvage")
+    wait_for(lambda: not site.proxy.faults[0].times, 60, "the salvage")
     return [_taken_over(site, job.run())]
 
 
@@ -55,7 +55,7 @@ def in_a_salvage_that_decides(stage: Stage) -> Sequence[Run]:
         Fault("UploadPart", kill_observer, times=1, part=3),
     ]
     job.tell("end", False)
-    wait_until(lambda: not any(fault.times for fault in site.proxy.faults), 60, "the salvage")
+    wait_for(lambda: not any(fault.times for fault in site.proxy.faults), 60, "the salvage")
     run = _taken_over(site, job.run())
     run.finals = UPLOADED
     return [run]
@@ -98,7 +98,7 @@ def in_a_fold(stage: Stage) -> Sequence[Run]:
     site.observer()
     with Ledger(site.ledger_dir, read_only=True) as ledger:
         happened = [row["name"] for row in ledger.events(job.job_id)].count(name)
-    wait_until(lambda: _counted(site, name) >= happened, 30, "all that happened is counted")
+    wait_for(lambda: _counted(site, name) >= happened, 30, "all that happened is counted")
     time.sleep(2.0)
     counted = _counted(site, name)
     assert counted == happened, f"{happened} events, {counted} counted"

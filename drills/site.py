@@ -20,8 +20,10 @@ from drills.components import FOLDER_VARIABLE
 from drills.judge import Run, read_times
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
-from poc import Poc, wait_until
+from otlp_sink import OtlpSink
+from poc import Poc
 from s3_faults import FaultProxy
+from waiting import wait_for
 
 HANDLER = "flip_server_event_handler"
 Change = Callable[[dict[str, Any], dict[str, Any]], None]
@@ -32,11 +34,13 @@ class Site(Poc):
 
     Args:
         home: an empty folder.
-        hub, bucket: already running.
+        hub, bucket, sink: already running; the sink takes the traces.
     """
 
-    def __init__(self, home: Path, hub: EmbeddedHub, bucket: EmbeddedBucket) -> None:
+    def __init__(self, home: Path, hub: EmbeddedHub, bucket: EmbeddedBucket, sink: OtlpSink) -> None:
         super().__init__(home, hub, bucket, clients=1)
+        self.sink = sink
+        self.runs: list[Run] = []
         self.times = home / "times"
         self.times.mkdir()
         self.proxy = FaultProxy(_address(bucket))
@@ -44,6 +48,7 @@ class Site(Poc):
             "AWS_ENDPOINT_URL_S3": self.proxy.url,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
             FOLDER_VARIABLE: str(self.times),
+            **sink.environment,
         }
         self._session: Session | None = None
         self._stack = contextlib.ExitStack()
@@ -61,8 +66,9 @@ class Site(Poc):
     def running(cls, home: Path) -> Iterator[Site]:
         """A site with everything started; it ends with the context."""
         home.mkdir(parents=True, exist_ok=True)
-        with EmbeddedHub() as hub, EmbeddedBucket(f"drills-{uuid.uuid4().hex[:8]}") as bucket:
-            site = cls(home, hub, bucket)
+        name = f"drills-{uuid.uuid4().hex[:8]}"
+        with EmbeddedHub() as hub, EmbeddedBucket(name) as bucket, OtlpSink("http/protobuf") as sink:
+            site = cls(home, hub, bucket, sink)
             with site:
                 site.start_all()
                 try:
@@ -107,17 +113,24 @@ class Site(Poc):
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
-    def run_job(self, *changes: Change, rounds: int = 60, pace: float = 0.4, model_id: str | None = None) -> Run:
+    def run_job(self, *changes: Change, rounds: int = 60, pace: float = 0.4, scenario: str = "success") -> Run:
         """Submit a job with the stopwatch in it. Its fault is to be dated by the drill."""
-        model_id = model_id or str(uuid.uuid4())
+        model_id = str(uuid.uuid4())
 
         def change(meta: dict[str, Any], server: dict[str, Any]) -> None:
             part(server, HANDLER)["path"] = "drills.components.ServerEventHandler"
             for each in changes:
                 each(meta, server)
 
-        job_id = self.submit(self.admin, model_id, rounds=rounds, pace=pace, change=change)
-        return Run(model_id, job_id, time.time(), self.hub, self.read_archives)
+        return self.run_folder(
+            self.write_job(model_id, rounds=rounds, pace=pace, scenario=scenario, change=change), model_id
+        )
+
+    def run_folder(self, job: Path, model_id: str) -> Run:
+        """Submit a job's folder."""
+        job_id = str(self.admin.submit_job(str(job)))
+        self.runs.append(Run(model_id, job_id, time.time(), self.hub, self.read_archives))
+        return self.runs[-1]
 
     def wait_for_death(self, job_id: str, seconds: float = 90.0) -> float:
         """When the job's process killed itself (epoch seconds)."""
@@ -126,11 +139,11 @@ class Site(Poc):
             times = [line["time"] for line in read_times(self.times, job_id) if line["what"] == "death"]
             return times[0] if times else None
 
-        return float(wait_until(death, seconds, "the death of the job's process"))
+        return float(wait_for(death, seconds, "the death of the job's process"))
 
     def wait_for_event(self, job_id: str, name: str, seconds: float = 120.0) -> None:
         """Until the ledger has an event of the run."""
-        wait_until(lambda: self.run(job_id) is not None and name in self.events(job_id), seconds, name)
+        wait_for(lambda: self.run(job_id) is not None and name in self.events(job_id), seconds, name)
 
     def kill_job(self, job_id: str) -> float:
         """SIGKILL the server's process of a job. Returns when (epoch seconds)."""
@@ -153,6 +166,15 @@ class Site(Poc):
             key: client.get_object(Bucket=self.bucket.name, Key=key)["Body"].read() for key in self.archives(model_id)
         }
 
+    def page(self) -> str:
+        """The observer's metrics."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's series that have these labels."""
+        return sum_of(self.page(), name, **labels)
+
     # -- for the judge -----------------------------------------------------------------------------------------------
 
     @property
@@ -167,9 +189,20 @@ class Site(Poc):
         """What was logged, served and told."""
         found = {f"the log of {name}": self.log(name).encode() for name in self.processes}
         found["what the hub was told"] = repr([record.payload for record in self.hub.records]).encode()
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as page:
-            found["the metrics"] = page.read()
+        found["the spans"] = repr(self.sink.spans).encode()
+        with contextlib.suppress(OSError):
+            found["the metrics"] = self.page().encode()
         return found
+
+
+def sum_of(page: str, name: str, **labels: str) -> float:
+    """The sum of a metric's series that have these labels, on a page of metrics."""
+    total = 0.0
+    for line in page.splitlines():
+        key, _, value = line.rpartition(" ")
+        if key.partition("{")[0] == name and all(f'{label}="{text}"' in key for label, text in labels.items()):
+            total += float(value)
+    return total
 
 
 def part(server: dict[str, Any], name: str) -> dict[str, Any]:

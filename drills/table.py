@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from drills import aborts, bucket, collector, deaths, hub, ledger, observers
+from drills import aborts, accounts, bucket, collector, deaths, hub, ledger, network, observers, poison, security
 from drills.judge import Drill
 
 DRILLS: tuple[Drill, ...] = (
     *deaths.DRILLS,
     *observers.DRILLS,
     *aborts.DRILLS,
+    *accounts.DRILLS,
     *hub.DRILLS,
     *bucket.DRILLS,
     *ledger.DRILLS,
     *collector.DRILLS,
+    *network.DRILLS,
+    *poison.DRILLS,
+    *security.DRILLS,
 )
