@@ -43,7 +43,7 @@ def write_history(folder: Path, runs: int, events: int) -> None:
         model.deliver()
     with contextlib.closing(sqlite3.connect(folder / FILE_NAME)) as db:
         for table in ("runs", "events", "outbox"):
-            _copy(db, table, model.run_id, runs - 1)
+            copy_rows(db, table, model.run_id, runs - 1, SECONDS_BETWEEN_RUNS)
         db.commit()
     with Ledger(folder) as ledger:
         for _ in range(8):
@@ -53,7 +53,8 @@ def write_history(folder: Path, runs: int, events: int) -> None:
 _TIMES = {"time", "created", "heartbeat", "started", "last_event", "final_time", "done"}
 
 
-def _copy(db: sqlite3.Connection, table: str, run_id: str, count: int) -> None:
+def copy_rows(db: sqlite3.Connection, table: str, run_id: str, count: int, seconds: float) -> None:
+    """Copy a run's rows, each copy so many seconds later than the one before it."""
     names = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
     names = [name for name in names if name != "id"]
     rows = db.execute(f"SELECT {', '.join(names)} FROM {table} WHERE run_id = ?", (run_id,)).fetchall()
@@ -61,7 +62,7 @@ def _copy(db: sqlite3.Connection, table: str, run_id: str, count: int) -> None:
 
     def copies() -> Iterator[list[Any]]:
         for number, own in enumerate(ids, 1):
-            later = number * SECONDS_BETWEEN_RUNS
+            later = number * seconds
             for row in rows:
                 values = dict(zip(names, row, strict=True))
                 for name in _TIMES & values.keys():
