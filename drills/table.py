@@ -11,10 +11,10 @@ DRILLS: tuple[Drill, ...] = (
     *aborts.DRILLS,
     *accounts.DRILLS,
     *hub.DRILLS,
+    *network.DRILLS,
     *bucket.DRILLS,
     *ledger.DRILLS,
     *collector.DRILLS,
-    *network.DRILLS,
     *poison.DRILLS,
     *security.DRILLS,
 )
