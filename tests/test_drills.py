@@ -84,7 +84,7 @@ def test_the_command_line() -> None:
     listed = drills("--list", "--only", "deaths")
     assert listed.returncode == 0
     assert "kill-in-training" in listed.stdout
-    assert "abort" not in listed.stdout
+    assert "abort-twice" not in listed.stdout
     unknown = drills("--only", "nonsense")
     assert unknown.returncode == 2
     assert "nonsense" in unknown.stderr
