@@ -61,7 +61,7 @@ class Observer:
         directory: the ledger's folder.
         host, port, tls: of the endpoint, as for :class:`~flip_observability.exporter.Exporter`.
         serve: False for one without an endpoint.
-        sentinel: swept at once, when it says, every minute at least, and after ``nudge("sentinel")``, on a thread of its own.
+        sentinel: swept at once, every minute or as it says, and after ``nudge("sentinel")``, on a thread of its own.
         judge: whether the server's parent process tells the sentinel how jobs end.
         transport: how the hub is reached; from the settings when None.
         insist: whether :meth:`start` raises when the endpoint cannot be had. Otherwise that is logged and tried again.
