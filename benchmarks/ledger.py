@@ -18,22 +18,31 @@ sys.path.insert(0, str(ROOT / "tests"))
 from history import Run
 
 WRITER = """
-import sys, time, uuid
+import sys, threading, time, uuid
 from pathlib import Path
-from flip_observability.ledger import Entry, Ledger
+from flip_observability.ledger import FL_THREAD_BUSY_MS, Entry, Ledger, LedgerBusyError
 from flip_observability.lifecycle import Event
-ledger, run = Ledger(Path(sys.argv[1])), str(uuid.uuid4())
+folder, run = Path(sys.argv[1]), str(uuid.uuid4())
+ledger, other = Ledger(folder, busy_ms=FL_THREAD_BUSY_MS), Ledger(folder)
+def move():  # as the recorder's writer thread does
+    while True:
+        time.sleep(5.0)
+        other.checkpoint()
+threading.Thread(target=move, daemon=True).start()
 print("ready", flush=True); sys.stdin.readline()
 until = time.monotonic() + float(sys.argv[2])
 while time.monotonic() < until:
     event = Event("_round_started", time.time(), {"round": 1, "total_rounds": 100, "workflow": "controller"})
     begun = time.perf_counter()
-    kept = ledger.append(Entry(run, event.time, event, (("round_duration", 12.5, {}),), {"round": 1}))
+    try:
+        kept = ledger.append(Entry(run, event.time, event, (("round_duration", 12.5, {}),), {"round": 1}))
+    except LedgerBusyError:
+        kept = False  # the recorder's queue takes it; its thread has been held for as long all the same
     took = time.perf_counter() - begun
-    if kept:
-        sys.stdout.write(f"{event.uid} {took * 1000:.3f}\\n"); sys.stdout.flush()
+    sys.stdout.write(f"{event.uid if kept else '-'} {took * 1000:.3f}\\n"); sys.stdout.flush()
     time.sleep(0.02)
 """
+"""A run's process: the connection of NVFLARE's threads as it is shipped, 50 events a second."""
 WRITERS = 16
 
 
@@ -97,7 +106,7 @@ def _kills(effort: Effort) -> Figure:
                 time.sleep(rng.uniform(0.0, 0.12))
                 writer.kill()
             for writer in writers:
-                seen |= {line.split()[0] for line in writer.communicate()[0].splitlines() if " " in line}
+                seen |= {line.split()[0] for line in writer.communicate()[0].splitlines() if " " in line} - {"-"}
         with Ledger(folder) as ledger:
             kept = {row["uid"] for row in ledger.events()}
         lost, acknowledged = len(seen - kept), len(seen)
