@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep ledgers and logs of drills that fail")
     parser.add_argument("--list", action="store_true", help="only name them")
     arguments = parser.parse_args(argv)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
     if unknown := [name for name in arguments.only if not choose(DRILLS, [name], quick=False)]:
         parser.error(f"no such drill or group: {', '.join(unknown)}")
     drills = choose(DRILLS, arguments.only, quick=arguments.quick)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import traceback
 import zlib
@@ -13,6 +14,9 @@ from rich.console import Console
 
 from drills.judge import Drill, Outcome, Skip, judge
 from drills.stage import Shared, Stage
+
+ON_THE_SITE = frozenset({"deaths", "aborts"})
+"""Groups of drills that share the NVFLARE site."""
 
 
 def choose(drills: Iterable[Drill], names: Sequence[str], *, quick: bool) -> list[Drill]:
@@ -53,14 +57,35 @@ def play(drill: Drill, shared: Shared, seed: int, *, full: bool, keep: Path | No
 def run_all(
     drills: Sequence[Drill], home: Path, seed: int, *, full: bool, console: Console, keep: Path | None = None
 ) -> list[Outcome]:
-    """Play drills and say how each went as soon as it is known."""
+    """Play drills and say how each went as soon as it is known.
+
+    Those of the NVFLARE site are played one after the other, and the others beside them.
+
+    Returns:
+        The outcomes, in the drills' order.
+    """
     logging.getLogger("flip_observability").setLevel(logging.CRITICAL)  # complaints are the point of it
-    outcomes = []
+    outcomes: dict[str, Outcome] = {}
     with Shared(home / "site") as shared:
-        for drill in drills:
-            outcome = play(drill, shared, seed, full=full, keep=keep)
-            outcomes.append(outcome)
-            console.print(f"{drill.name:24} {outcome.verdict:6} {outcome.took:6.1f} s", markup=False)
-            for difference in outcome.differences:
-                console.print(f"    {difference}", markup=False, soft_wrap=True)
-    return outcomes
+
+        def play_lane(lane: Sequence[Drill]) -> None:
+            for drill in lane:
+                outcome = play(drill, shared, seed, full=full, keep=keep)
+                outcomes[drill.name] = outcome
+                _tell(outcome, console)
+
+        lanes = [[drill for drill in drills if (drill.group in ON_THE_SITE) is on_it] for on_it in (True, False)]
+        # Daemons: who interrupts this does not want to wait for them.
+        threads = [threading.Thread(target=play_lane, args=(lane,), daemon=True) for lane in lanes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(1.0)
+    return [outcomes[drill.name] for drill in drills]
+
+
+def _tell(outcome: Outcome, console: Console) -> None:
+    lines = [f"{outcome.drill.name:26} {outcome.verdict:6} {outcome.took:6.1f} s"]
+    lines += [f"    {difference}" for difference in outcome.differences]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
