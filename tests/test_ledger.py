@@ -537,3 +537,55 @@ def test_one_damaged_run_or_event_is_no_damaged_ledger(tmp_path: Path, odd: obje
         assert ledger.claim_observer("token", 5e9)
         ledger.append(Entry("a", 4.0, final_status="ERROR", final_by="test"))
         assert [run["run_id"] for run in ledger.finished_runs(0.0, 1, 1)] == ["a"]
+
+
+def of_the_third_schema(folder: Path, events: int, cursor: int) -> None:
+    with contextlib.closing(sqlite3.connect(folder / FILE_NAME)) as db:
+        for step in range(3):
+            for statement in ledger_module._MIGRATIONS[step].split(";"):
+                db.execute(statement)
+        db.execute("PRAGMA user_version=3")
+        db.executemany(
+            "INSERT INTO events (uid, run_id, time, name, attrs, facts) VALUES (?, 'r', 1.0, 'x', '{}', '[]')",
+            [(f"u{number}",) for number in range(events)],
+        )
+        db.execute("INSERT INTO meta VALUES ('metrics_cursor', ?)", (str(cursor),))
+        db.commit()
+
+
+@pytest.mark.parametrize(("events", "cursor"), [(3, 2), (3, 3), (0, 7)], ids=["behind", "at-the-end", "all-forgotten"])
+def test_events_of_the_third_schema_keep_their_ids_and_what_follows_is_unread(
+    tmp_path: Path, events: int, cursor: int
+) -> None:
+    of_the_third_schema(tmp_path, events, cursor)
+    with Ledger(tmp_path) as ledger:
+        assert [row["id"] for row in ledger.events("r")] == list(range(1, events + 1))
+        known = Event("x", 1.0, {}, "u0") if events else Event("x", 1.0)
+        for event in (known, Event("y", 2.0)):
+            ledger.append(Entry("r", event.time, event))
+        assert len(ledger.events()) == max(events, 1) + 1
+        unread = [row.name for row in ledger.unread_events(10)[1]]
+        assert unread == [b"x"] * (max(events, 1) - min(cursor, events)) + [b"y"]
+
+
+def test_an_event_is_unread_though_its_id_was_there_before(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        for _ in range(3):
+            ledger.append(Entry(None, 1.0, Event("old", 1.0)))
+        ledger.fold_metrics(0, 3, [], lambda rows: rows)
+        assert ledger.forget_before(10.0) == 3
+        ledger.append(Entry(None, 20.0, Event("new", 20.0)))
+        assert [row.name for row in ledger.unread_events(10)[1]] == [b"new"]
+
+
+def test_an_event_of_no_run_is_written_once(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        entry = Entry(None, 1.0, Event("x", 1.0))
+        ledger.append(entry)
+        ledger.append(entry)
+        assert len(ledger.events()) == 1
+
+
+def test_what_may_not_wait_leaves_the_write_ahead_log_to_others(tmp_path: Path) -> None:
+    pages = {busy: Ledger(tmp_path, busy_ms=busy)._rows("PRAGMA wal_autocheckpoint")[0][0] for busy in (50, 5_000)}
+    assert pages[50] > 5 * pages[5_000]
