@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flip_observability._fold import MetricsFold
 from flip_observability.constants import OwnEvents
 from flip_observability.errors import drain, report
 from flip_observability.hub import CONTRACTS, Dispatcher, Transport, transport_for
@@ -369,6 +368,8 @@ class RunRecorder:
     def _forget(self, ledger: Ledger) -> None:
         if ledger.live_observer(self.now()) is not None:
             return
+        from flip_observability._fold import MetricsFold  # not wanted by most runs
+
         # Only what has been counted may go, and there need not be an observer that counts.
         try:
             MetricsFold(ledger).catch_up()
