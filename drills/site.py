@@ -18,6 +18,7 @@ from nvflare.fuel.flare_api.flare_api import Session
 from drills import ROOT
 from drills.components import FOLDER_VARIABLE
 from drills.judge import Run, read_times
+from drills.pages import sum_of
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
 from otlp_sink import OtlpSink
@@ -193,16 +194,6 @@ class Site(Poc):
         with contextlib.suppress(OSError):
             found["the metrics"] = self.page().encode()
         return found
-
-
-def sum_of(page: str, name: str, **labels: str) -> float:
-    """The sum of a metric's series that have these labels, on a page of metrics."""
-    total = 0.0
-    for line in page.splitlines():
-        key, _, value = line.rpartition(" ")
-        if key.partition("{")[0] == name and all(f'{label}="{text}"' in key for label, text in labels.items()):
-            total += float(value)
-    return total
 
 
 def part(server: dict[str, Any], name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from drills.components import FOLDER_VARIABLE
 from drills.judge import FINALS, Run
+from drills.pages import sum_of
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import Contract, EmbeddedHub
 from flip_observability.doctor import CHECKS, Finding, Patient, examine
@@ -276,12 +277,7 @@ class SmallSite:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's series that have these labels."""
-        total = 0.0
-        for line in self.page().splitlines():
-            key, _, value = line.rpartition(" ")
-            if key.partition("{")[0] == name and all(f'{label}="{text}"' in key for label, text in labels.items()):
-                total += float(value)
-        return total
+        return sum_of(self.page(), name, **labels)
 
     def wait_for_metric(self, name: str, least: float = 1.0, **labels: str) -> None:
         """Wait until a metric has come to a value."""
