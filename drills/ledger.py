@@ -49,29 +49,27 @@ def _fill(disk: Path) -> None:
             file.write(b"x" * 1_024)
 
 
-def _on_a_small_disk(
-    stage: Stage, harm: Callable[[Path], None], undo: Callable[[Path], None], *, observed: bool
-) -> Sequence[Run]:
+def _on_a_full_disk(stage: Stage, *, observed: bool, variables: Callable[[Path], dict[str, str]]) -> Sequence[Run]:
     with _small_disk(stage.home / "disk") as disk:
-        site = stage.small(ledger_dir=disk / "ledger")
+        site = stage.small(ledger_dir=disk / "ledger", variables=variables(disk))
+        site.hub.down()  # so that the ledger still holds what the hub must be told before the end
         job = site.job().begin().train(2)
         if observed:
             site.observer()
-        harm(disk)
+        wait_until(lambda: list(site.ledger_dir.glob("spool-*")), 10, "the room that is reserved")
+        _fill(disk)
         since = time.time()
-        for number in range(3, 8):
-            job.ask("round", number)
+        job.train(3)
+        site.hub.up()
         job.end()
-        run = job.run(since)
+        run = job.run(since, models=False)
         job.leave()
-        told = list(job.told)
-        undo(disk)
+        assert job.told, "the hub was not told while the ledger could not be written"
+        (disk / "filler").unlink()
         if not observed:
             site.observer()
         _watch(site, run)
-        assert told, "the hub was not told while the ledger could not be written"
-        # The disk goes with this context, and the judge asks for what was persisted: what he asks of us, he asks now.
-        run.models = False
+        assert _final(job) in UPLOADED, "the ledger did not learn of the run's end"
         return [run]
 
 
@@ -82,13 +80,18 @@ def _watch(site: SmallSite, run: Run) -> None:
 
 
 def full(stage: Stage) -> Sequence[Run]:
-    """The ledger's disk is full from the second round to the end of the process; an observer finds the rest."""
-    return _on_a_small_disk(stage, _fill, lambda disk: (disk / "filler").unlink(), observed=False)
+    """The one disk that there is is full to the end of the process; an observer finds what it left."""
+
+    def temporary(disk: Path) -> dict[str, str]:
+        (disk / "tmp").mkdir()
+        return {"TMPDIR": str(disk / "tmp")}
+
+    return _on_a_full_disk(stage, observed=False, variables=temporary)
 
 
 def full_observed(stage: Stage) -> Sequence[Run]:
-    """The same under the eyes of an observer."""
-    return _on_a_small_disk(stage, _fill, lambda disk: (disk / "filler").unlink(), observed=True)
+    """The ledger's disk is full, under the eyes of an observer."""
+    return _on_a_full_disk(stage, observed=True, variables=lambda _: {})
 
 
 def read_only(stage: Stage) -> Sequence[Run]:
