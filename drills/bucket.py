@@ -150,7 +150,7 @@ def lies(stage: Stage) -> Sequence[Run]:
 
 
 DRILLS: tuple[Drill, ...] = (
-    Drill("bucket-refused", GROUP, "nobody may write to the bucket", refused, REFUSED, False, quick=True),
+    Drill("bucket-refused", GROUP, "nobody may write to the bucket", refused, REFUSED, False),
     Drill("bucket-slow", GROUP, "every part of an upload takes a second", slow, UPLOADED, True, slow_upload=True),
     Drill(
         "bucket-recovers",

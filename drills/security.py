@@ -203,7 +203,7 @@ def _ask(port: int, method: str, headers: dict[str, str]) -> int:
 
 
 DRILLS: tuple[Drill, ...] = (
-    Drill("security-links", GROUP, "links to the key, and pipes, among the results", links, results=True, quick=True),
+    Drill("security-links", GROUP, "links to the key, and pipes, among the results", links, results=True),
     Drill("security-archives", GROUP, "a hostile archive, and a zip bomb", archives, ERROR, True),
     Drill("security-canaries", GROUP, "exceptions and events that quote secrets", canaries, ERROR, False),
     Drill("security-names", GROUP, "hostile model, run, job and client names", names, UPLOADED, True),
