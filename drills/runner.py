@@ -39,19 +39,30 @@ def play(drill: Drill, shared: Shared, seed: int, *, full: bool, keep: Path | No
     begun = time.monotonic()
     # Each drill has moments of its own, whichever are played beside it.
     own = seed ^ zlib.crc32(drill.name.encode())
-    with Stage(shared, own, full=full) as stage:
-        try:
-            judge(drill, drill.play(stage), stage, outcome)
-        except Skip as reason:
-            outcome.skipped = str(reason)
-        except Exception as error:  # noqa: BLE001 - the drills behind it are played all the same
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            outcome.differences.append(f"{type(error).__name__} in {where.name}, line {where.lineno}: {error}"[:2_000])
-            outcome.notes += stage.notes
-        if keep is not None and not outcome.passed:
-            stage.keep(keep / f"{drill.name}-{seed}")
+    try:
+        with Stage(shared, own, full=full) as stage:
+            _play_on(stage, drill, outcome)
+            if keep is not None and not outcome.passed:
+                stage.keep(keep / f"{drill.name}-{seed}")
+    except Exception as error:  # noqa: BLE001 - the stage could not be cleared; the next drill has another one
+        outcome.differences.append(_told(error))
     outcome.took = time.monotonic() - begun
     return outcome
+
+
+def _play_on(stage: Stage, drill: Drill, outcome: Outcome) -> None:
+    try:
+        judge(drill, drill.play(stage), stage, outcome)
+    except Skip as reason:
+        outcome.skipped = str(reason)
+    except Exception as error:  # noqa: BLE001 - the drills behind it are played all the same
+        outcome.differences.append(_told(error))
+        outcome.notes += stage.notes
+
+
+def _told(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {where.name}, line {where.lineno}: {error}"[:2_000]
 
 
 def run_all(

@@ -246,7 +246,13 @@ def test_a_drill_that_raises_has_failed_and_one_that_cannot_be_played_is_skipped
     def impossible(stage: Stage) -> list[Run]:
         raise Skip("not on this machine")
 
+    def leaves_a_mess(stage: Stage) -> list[Run]:
+        stage._stack.callback(lambda: 1 // 0)
+        return []
+
     with Shared(tmp_path) as shared:
+        messy = play(Drill("c", "g", "", leaves_a_mess), shared, 1, full=False)
+        assert "ZeroDivisionError" in messy.differences[0]
         failed = play(Drill("a", "g", "", raises), shared, 1, full=False)
         skipped = play(Drill("b", "g", "", impossible), shared, 1, full=False)
     assert "TimeoutError" in failed.differences[0]
