@@ -81,7 +81,7 @@ def _seconds(rounds: int, *, observed: bool) -> float:
 def measure(effort: Effort) -> Iterable[Figure]:
     """Jobs in turn, with and without."""
     rounds = effort.of(ROUNDS, 5)
-    pairs = turns(lambda: _seconds(rounds, observed=True), lambda: _seconds(rounds, observed=False), effort.of(5, 2))
+    pairs = turns(lambda: _seconds(rounds, observed=True), lambda: _seconds(rounds, observed=False), effort.of(3, 2))
     yield spread(
         "job_overhead_percent",
         [100 * (mine / without - 1) for mine, without in pairs],

@@ -6,6 +6,7 @@ gives the result, with gauges read from the ledger's tables, in the form that ``
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -178,7 +179,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+@functools.cache
 def _versions() -> tuple[str, ...]:
+    # They do not change while this process runs, and to look them up takes a millisecond of every scrape.
     return tuple(_version(package) for package in ("flip-observability", "nvflare"))
 
 
