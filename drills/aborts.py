@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -85,9 +86,11 @@ def in_a_slow_upload(stage: Stage) -> Sequence[Run]:
     site = stage.site()
     run = site.run_job(with_component("Ballast", megabytes=MEGABYTES), rounds=2)
 
-    def dawdle(proxy: FaultProxy, request: Request) -> Response:
-        time.sleep(SLOW_SECONDS)
-        return proxy.forward(request)
+    gone = threading.Event()
+
+    def dawdle(proxy: FaultProxy, request: Request) -> Response | None:
+        # What a dead process sent is no upload's any more when it is over.
+        return None if gone.wait(SLOW_SECONDS) else proxy.forward(request)
 
     site.proxy.faults.append(Fault("UploadPart", dawdle, times=8))
     site.wait_for_event(run.job_id, FlipEvents.RESULTS_UPLOAD_STARTED.value)
@@ -95,6 +98,7 @@ def in_a_slow_upload(stage: Stage) -> Sequence[Run]:
     process = site.wait_for_job_process(run.job_id)
     site.admin.abort_job(run.job_id)
     wait_for(lambda: not process.is_running() or process.status() == "zombie", 60, "NVFLARE ends the process")
+    gone.set()
     assert not site.final_statuses(run.model_id), "the upload was not slow enough"
     site.proxy.faults.clear()
     run.since = time.time()
