@@ -184,11 +184,7 @@ def play(
 
 
 def _play_in_a_process(folder: Path, name: str, environment: Mapping[str, str], program: Path) -> bool:
-    """Returns whether the simulator could not start one of the sites, in which case the scenario was broken off.
-
-    It picks a free port for each site and uses it a moment later; on a busy machine somebody else may have it by then.
-    The federation would wait for that site for ever.
-    """
+    """Returns whether the simulator could not start one of the sites, in which case the scenario was broken off."""
     output = folder / f"{name}.out"
     with output.open("wb") as out:
         process = subprocess.Popen(
@@ -202,21 +198,15 @@ def _play_in_a_process(folder: Path, name: str, environment: Mapping[str, str], 
     try:
         while process.poll() is None and time.monotonic() < deadline and not lost_a_site:
             time.sleep(0.2)
-            lost_a_site = _has_lost_a_site(folder / name / "job.log")
+            lost_a_site = runner.has_lost_a_site(folder / name / "job.log")
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)  # so that it ends its job's processes, too
             process.wait(60)
+    lost_a_site = runner.has_lost_a_site(folder / name / "job.log")
     if process.returncode and not lost_a_site:
         (folder / f"{name}.failed").write_text(output.read_text(errors="replace")[-6_000:])
     return lost_a_site
-
-
-def _has_lost_a_site(log: Path) -> bool:
-    try:
-        return b"Communication error with client" in log.read_bytes()
-    except FileNotFoundError:
-        return False
 
 
 def _forget(folder: Path, name: str, before: Path | None) -> None:

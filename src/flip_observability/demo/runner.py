@@ -193,11 +193,27 @@ def job_environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(_FORGET)} | dict(variables)
 
 
+def has_lost_a_site(log: Path) -> bool:
+    """Whether NVFLARE's simulator could not start one of its sites: the federation would wait for it for ever.
+
+    It picks a free port for each site and uses it a moment later, when somebody else may have it; and it forks from a
+    process with many threads, which can kill the child at its birth. Both happen on busy machines.
+    """
+    try:
+        text = log.read_bytes()
+    except FileNotFoundError:
+        return False
+    return any(sign in text for sign in (b"Communication error with client", b"Subprocess died for client"))
+
+
 def _watch(demo: _Demo, view: View, reader: LedgerReader, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + JOB_SECONDS
     while process.poll() is None:
         if time.monotonic() > deadline:
             view.say(f"the job did not end within {JOB_SECONDS:.0f} s and is killed")
+            return
+        if has_lost_a_site(demo.log):
+            view.say("NVFLARE's simulator could not start one of its sites: the job is killed. Please run it again")
             return
         _grant_outage(demo, view)
         _look(demo, view, reader)
