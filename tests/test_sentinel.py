@@ -198,6 +198,25 @@ def test_between_two_sweeps_is_less_than_a_death_may_take_to_be_known(site: Site
     assert site.sentinel(parent=False).sweep() <= 5.0
 
 
+def test_when_a_process_died_is_not_before_its_death_where_it_was_watched(site: Site) -> None:
+    watched, unwatched = site.begin(site.start()), site.begin()
+    sentinel = site.sentinel(parent=False)
+    last_sign = max(site.row(unwatched)[name] for name in ("heartbeat", "last_event"))
+    sentinel.sweep()
+    assert _died(site, unwatched) == last_sign
+    time.sleep(0.2)
+    killed = time.time()
+    site.children[0].kill()
+    site.children[0].wait()
+    sentinel.sweep()
+    assert killed <= _died(site, watched) <= time.time()
+
+
+def _died(site: Site, run: Run) -> float:
+    (died,) = [row["attrs"]["died"] for row in site.ledger.events(run.run_id) if row["name"] == OwnEvents.ORPHANED]
+    return float(died)
+
+
 def test_a_zombie_is_gone(site: Site) -> None:
     run = site.begin(site.start())
     site.children[0].kill()

@@ -209,6 +209,8 @@ class Sentinel:
             if self._monotonic() - watch.heartbeat[1] < self._patience.heartbeat:
                 return False
             return self._parent is None or not self._parent.is_busy_with(run["job_id"])
+        if watch.seen_gone is None:
+            watch.seen_gone = self._clock()
         return True
 
     def _parent_is_at_it(self, run: Mapping[str, Any], watch: _Watch) -> bool:
@@ -271,7 +273,9 @@ class Sentinel:
 
     def _orphan(self, ledger: Ledger, unended: UnendedRun, watch: _Watch) -> None:
         run = unended.run
-        signs = (run["last_event"], run["heartbeat"], watch.seen_alive)
+        # It died between two looks: the later one, since the collector may have heard of what it did until then.
+        watched = watch.seen_gone if watch.seen_alive is not None else None
+        signs = (run["last_event"], run["heartbeat"], watch.seen_alive, watched)
         died = max((sign for sign in signs if sign is not None), default=self._clock())
         unended.orphaned(ledger, self._clock(), died)
 
@@ -322,6 +326,7 @@ class _Watch:
         self.not_before = 0.0
         self.heartbeat: tuple[Any, float] | None = None
         self.seen_alive: float | None = None
+        self.seen_gone: float | None = None
         self._since: dict[str, float] = {}
 
     def since(self, what: str, now: float) -> float:
