@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from demo_runs import CANARY, DemoRun, DemoRuns, _forget, _has_lost_a_site, copy_ledger
+from demo_runs import CANARY, DemoRun, DemoRuns, _forget, copy_ledger
 from flip_observability.demo import runner
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
@@ -282,12 +282,12 @@ def test_the_job_is_what_a_flip_server_would_be_given(tmp_path: Path) -> None:
 
 def test_a_scenario_that_lost_a_site_leaves_nothing_behind(tmp_path: Path) -> None:
     log = tmp_path / "fatal" / "job.log"
-    assert not _has_lost_a_site(log)
+    assert not runner.has_lost_a_site(log)
     log.parent.mkdir()
     log.write_text("INFO - Simulate Run client: site-2\n")
-    assert not _has_lost_a_site(log)
+    assert not runner.has_lost_a_site(log)
     log.write_text("SimulatorClientRunner - ERROR - Communication error with client site-2: Connection reset by peer\n")
-    assert _has_lost_a_site(log)
+    assert runner.has_lost_a_site(log)
     with Ledger(tmp_path / "ledger") as ledger:
         Run(ledger)
     before = copy_ledger(tmp_path / "ledger", tmp_path / "after" / "success")
