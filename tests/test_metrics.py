@@ -486,6 +486,22 @@ def test_a_scrape_reads_by_index_only(tmp_path: Path) -> None:
 # -- many at once ----------------------------------------------------------------------------------------------------
 
 
+def test_a_run_that_ends_in_the_middle_of_a_scrape_is_told_of_once(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as mine:
+        run = Run(mine)
+        run.train({"site-1": 1.0})
+
+        class Slow(Ledger):
+            def open_runs(self, limit: int) -> list[dict[str, Any]]:
+                found = super().open_runs(limit)
+                run.finish()
+                return found
+
+        with Slow(tmp_path) as reader:
+            statuses = [s.labels["status"] for s in samples(collector_of(reader)) if s.name == "flip_run_status"]
+    assert statuses == ["RESULTS_UPLOADED"]
+
+
 def test_scrapes_while_sixteen_runs_write(tmp_path: Path) -> None:
     failures: list[BaseException] = []
 

@@ -108,7 +108,8 @@ class FlipCollector(Collector):
         self._add(families, "flip_outbox_pending", [((kind,), float(waiting.get(kind, (0, now))[0])) for kind in kinds])
         ages = [((kind,), max(0.0, now - waiting.get(kind, (0, now))[1])) for kind in kinds]
         self._add(families, "flip_outbox_oldest_age_seconds", ages)
-        for run in (*open_runs, *finished):
+        # One that ended between the two queries is in both; told twice, the whole page would be refused.
+        for run in {run["run_id"]: run for run in (*open_runs, *finished)}.values():
             self._add_run(families, run)
 
     def _add_run(self, families: dict[str, Family], run: Row) -> None:
