@@ -27,7 +27,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.fuel_opt.statsd.statsd_reporter import StatsDReporter
 from nvflare.metrics.job_metrics_collector import JobMetricsCollector
 
-from benchmarks.measure import ROOT, Effort, Figure, child, p99, spread
+from benchmarks.measure import ROOT, Effort, Figure, child, environment, p99, spread
 
 sys.path.insert(0, str(ROOT / "tests"))
 from flare_run import MODEL_ID, Run
@@ -100,17 +100,6 @@ def _timed(handler: Any, events: Iterable[tuple[str, FLContext]]) -> float:
     for event, fl_ctx in events:
         handler.handle_event(event, fl_ctx)
     return time.perf_counter() - begun
-
-
-@contextlib.contextmanager
-def _variables(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 @contextlib.contextmanager
@@ -305,7 +294,7 @@ def under_fault(fault: str, rounds: int) -> None:
         }
         if fault == "collector_hanging":
             variables |= {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
-        with _variables(**variables):
+        with environment(**variables):
             bench, handler = Bench(Path(scratch)), _handler()
             bench.begin(handler)
             waits: list[float] = []

@@ -24,7 +24,7 @@ import numpy as np
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from benchmarks.measure import ROOT, Effort, Figure, child, single, spread, turns
+from benchmarks.measure import ROOT, Effort, Figure, child, environment, single, spread, turns
 from flip_observability import _crc32, _multipart
 from flip_observability.results import Destination, upload_results
 
@@ -50,26 +50,15 @@ def endpoint() -> Iterator[str]:
         process.wait()
 
 
-@contextlib.contextmanager
-def bucket_environment(url: str) -> Iterator[None]:
+def bucket_environment(url: str) -> contextlib.AbstractContextManager[None]:
     """What boto3's own chain needs to find the endpoint."""
-    names = {
-        "AWS_ENDPOINT_URL_S3": url,
-        "AWS_ACCESS_KEY_ID": "benchmark",
-        "AWS_SECRET_ACCESS_KEY": "benchmark",
-        "AWS_DEFAULT_REGION": "eu-west-2",
-        "NO_PROXY": "127.0.0.1",
-    }
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return environment(
+        AWS_ENDPOINT_URL_S3=url,
+        AWS_ACCESS_KEY_ID="benchmark",
+        AWS_SECRET_ACCESS_KEY="benchmark",
+        AWS_DEFAULT_REGION="eu-west-2",
+        NO_PROXY="127.0.0.1",
+    )
 
 
 def write_run(run_dir: Path, weights_mib: int, log_mib: int) -> None:

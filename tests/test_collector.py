@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -496,8 +496,15 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def observer(ledger: Path, port: int = 0) -> Observer:
-    return Observer(Settings.model_validate({"LOCAL_DEV": True, "NET_ID": 'net-"1"'}), ledger, port=port, insist=True)
+@contextmanager
+def observing(ledger: Path, port: int = 0) -> Iterator[Observer]:
+    settings = Settings.model_validate({"LOCAL_DEV": True, "NET_ID": 'net-"1"'})
+    observer = Observer(settings, ledger, port=port, insist=True)
+    observer.start()
+    try:
+        yield observer
+    finally:
+        observer.stop()
 
 
 def page(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -535,9 +542,7 @@ def stored(prometheus: Prometheus, instance: str) -> dict[tuple[str, tuple[tuple
 def test_series_reach_prometheus_as_they_are_on_the_page(ledger: Path) -> None:
     with ExitStack() as stack:
         prometheus = stack.enter_context(Writable())
-        seen = observer(ledger)
-        seen.start()
-        stack.callback(seen.stop)
+        seen = stack.enter_context(observing(ledger))
         assert seen.exporter is not None
         instance = seen.exporter.url.removeprefix("http://")
         wait_for(lambda: seen.active, 20, "the observer has the ledger")
@@ -560,9 +565,7 @@ def test_series_reach_prometheus_as_they_are_on_the_page(ledger: Path) -> None:
         wait_for(lambda: prometheus.value(up) == 0, 30, "the exporter is down")
         # The collector sends no marker of the end for the sums of histograms: these are seen for five minutes more.
         assert not [key for key in stored(prometheus, instance) if not key[0].endswith("_sum")]
-        again = observer(ledger, port)
-        again.start()
-        stack.callback(again.stop)
+        stack.enter_context(observing(ledger, port))
         wait_for(lambda: prometheus.value(up) == 1, 30, "the exporter is up again")
         back = wait_for(lambda: _when_all(prometheus, instance, set(on_page)), 30, "all series again")
         counters = [key for key in on_page if key[0].endswith("_total") and "errors" not in key[0]]
@@ -586,9 +589,7 @@ def _when_all(
 def test_a_prometheus_that_is_away_for_a_while_gets_what_it_missed(ledger: Path) -> None:
     with ExitStack() as stack:
         prometheus = stack.enter_context(Writable())
-        seen = observer(ledger)
-        seen.start()
-        stack.callback(seen.stop)
+        seen = stack.enter_context(observing(ledger))
         assert seen.exporter is not None
         instance = seen.exporter.url.removeprefix("http://")
         stack.enter_context(Collector(prometheus=prometheus.url, targets=[instance]))
