@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.workspace import Workspace
@@ -659,6 +659,9 @@ VALUES = st.recursive(
     ascii_only=st.booleans(),
     newline=st.sampled_from(["\n", "\r\n"]),
     seed=st.integers(0, 2**16),
+)
+@example(
+    others={}, args={"path": [], "class_path": {}}, order=[*range(5)], indent=2, ascii_only=True, newline="\n", seed=0
 )
 def test_any_json_is_adopted_and_restored(
     tmp_path_factory: pytest.TempPathFactory,

@@ -313,7 +313,8 @@ def _paths(data: Any) -> list[str]:
 def _class_of(component: Any) -> str | None:
     if not isinstance(component, dict):
         return None
-    return next((CLASS_OF[component[key]] for key in PATH_KEYS if component.get(key) in CLASS_OF), None)
+    paths = [component.get(key) for key in PATH_KEYS]  # anything, where an argument of a component has such a name
+    return next((CLASS_OF[path] for path in paths if isinstance(path, str) and path in CLASS_OF), None)
 
 
 def _refuse_hidden(data: Any) -> None:
