@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
 import waiting
-from flip_observability import errors, observer
+from flip_observability import _page, errors, observer
 from flip_observability.constants import FlareEvents
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.exporter import ExporterError
@@ -113,6 +114,25 @@ def test_it_serves_what_the_ledger_holds(folder: Path) -> None:
             page = get(one, "/")[1]
             assert "net-1" in page
             assert str(folder) in page
+
+
+def test_a_scrape_makes_no_line_that_the_last_one_had(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = _page._Format._text
+
+    def counting(format_: _page._Format, families: list[Family]) -> str:
+        made.append(sum(len(family.samples) for family in families))
+        return make(format_, families)
+
+    monkeypatch.setattr(_page._Format, "_text", counting)
+    with Ledger(folder) as ledger, observing(folder) as one:
+        Run(ledger).train({"site-1": 2})
+        wait_for(lambda: value(one, "flip_runs_started_total") == 1)
+        assert sum(made) > 300
+        made.clear()
+        Run(ledger).at(0, FlareEvents.START_RUN)
+        wait_for(lambda: value(one, "flip_runs_started_total") == 2)
+        assert 0 < max(made) < 50
 
 
 def test_its_loops_show_when_they_last_did_their_work(folder: Path) -> None:

@@ -6,6 +6,7 @@ metric is a new row of :data:`CATALOGUE`; ``docs/telemetry.md`` is made from it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class Metric:
     max_series: int = 500
     example: str = ""
 
-    @property
+    @functools.cached_property
     def label_names(self) -> tuple[str, ...]:
         """Names of the labels beside ``net_id``."""
         return tuple(label.name for label in self.labels)
@@ -115,8 +116,9 @@ def clean_label(value: object) -> str:
     if len(text) > MAX_LABEL_CHARS:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
         text = f"{text[: MAX_LABEL_CHARS - 9]}~{digest}"
-    text = "".join(char if char.isprintable() else "_" for char in text).strip()
-    return text or UNKNOWN
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else "_" for char in text)
+    return text.strip() or UNKNOWN
 
 
 def _per_run(name: str, help_: str, *labels: Label, example: str) -> Metric:

@@ -15,13 +15,13 @@ from importlib import metadata
 from typing import Any
 
 from prometheus_client import Metric as Family
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar as PromExemplar
 from prometheus_client.utils import floatToGoString
 
 from flip_observability._catalogue import BY_NAME, CATALOGUE, EVENT_FACT, PROBLEMS, Metric, clean_label
 from flip_observability._fold import Exemplar, LiveLedger, MetricsFold, Series, SeriesKey, load_series, series_of
+from flip_observability._page import Renderer
 from flip_observability.constants import ModelStatus
 from flip_observability.errors import report
 from flip_observability.ledger import Ledger, LedgerError
@@ -39,12 +39,14 @@ WINDOW_SECONDS = 86_400.0
 """Runs that finished within it are told of, however many there are (up to :data:`MAX_FINISHED_RUNS`)."""
 
 _go_float: Callable[[float], str] = floatToGoString
+_BOUNDS = {metric.name: tuple(map(_go_float, (*metric.buckets, float("inf")))) for metric in CATALOGUE}
+"""By metric, what stands in ``le``."""
 Row = Mapping[str, Any]
 Values = Iterable[tuple[SeriesKey, float]]
 
 
 class FlipCollector(Collector):
-    """What a scrape sees. Register it, or give it to :func:`render`.
+    """What a scrape sees. Register it, or have it rendered.
 
     When the ledger cannot be read, what comes from it is left out (a counter at 0 would look like a reset), and the
     rest is still told, with ``flip_ledger_writable`` at 0.
@@ -142,7 +144,7 @@ class FlipCollector(Collector):
 
 
 def render(collector: Collector, accept_header: str | None) -> tuple[str, bytes]:
-    """The page of a scrape, as the scraper wants it: OpenMetrics with exemplars, or Prometheus' classic text.
+    """One page by itself. Who makes many keeps a :class:`~flip_observability._page.Renderer`, which is quicker.
 
     Args:
         collector: what to show.
@@ -151,8 +153,7 @@ def render(collector: Collector, accept_header: str | None) -> tuple[str, bytes]
     Returns:
         The content type and the page.
     """
-    encoder, content_type = choose_encoder(accept_header or "")
-    return content_type, encoder(collector)
+    return Renderer().render(collector, accept_header)
 
 
 def _family(metric: Metric) -> Family:
@@ -164,10 +165,10 @@ def _add_series(family: Family, metric: Metric, labels: dict[str, str], series: 
         family.add_sample(metric.name, labels, series.total, exemplar=_exemplar(series.exemplars.get(0)))
         return
     seen = 0
-    for slot, bound in enumerate((*metric.buckets, float("inf"))):
+    for slot, bound in enumerate(_BOUNDS[metric.name]):
         seen += series.counts[slot]
         exemplar = _exemplar(series.exemplars.get(slot))
-        family.add_sample(f"{metric.name}_bucket", {**labels, "le": _go_float(bound)}, float(seen), exemplar=exemplar)
+        family.add_sample(f"{metric.name}_bucket", {**labels, "le": bound}, float(seen), exemplar=exemplar)
     family.add_sample(f"{metric.name}_count", labels, float(seen))
     family.add_sample(f"{metric.name}_sum", labels, series.total)
 

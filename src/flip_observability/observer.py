@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from flip_observability._page import Renderer
 from flip_observability.constants import OwnEvents
 from flip_observability.errors import drain, report
 from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT, TLS, Exporter, ExporterError, NotReadyError
 from flip_observability.hub import Dispatcher, HubTransport, Transport, transport_for
 from flip_observability.ledger import JUDGE, Entry, Ledger, LedgerBusyError, LedgerCorruptError, LedgerError, set_aside
 from flip_observability.lifecycle import Event
-from flip_observability.metrics import FlipCollector, MetricsFold, render
+from flip_observability.metrics import FlipCollector, MetricsFold
 from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.settings import Settings
 from flip_observability.spool import take_spools
@@ -525,6 +526,7 @@ class _Pages:
         self._observer = observer
         self._connection = _Connection(observer.directory)
         self._lock = threading.Lock()
+        self._renderer = Renderer()
         self._collector: FlipCollector | None = None
         self._shown: Ledger | None = None
 
@@ -539,7 +541,7 @@ class _Pages:
                     writable=lambda: self._observer.ledger_writable,
                     loops=self._observer.last_successes,
                 )
-            return render(self._collector, accept)
+            return self._renderer.render(self._collector, accept)
 
     def close(self) -> None:
         """Let go of the ledger; the next page opens it again."""
