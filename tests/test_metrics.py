@@ -262,6 +262,32 @@ def test_a_ledger_that_cannot_be_read_leaves_the_rest(ledger: Ledger) -> None:
     assert value(collector_of(ledger, writable=lambda: False), "flip_ledger_writable") == 0
 
 
+def test_only_runs_that_have_changed_are_told_anew(ledger: Ledger) -> None:
+    done, under_way = play(ledger), Run(ledger, begin=NOW - 100)
+    under_way.train({"site-1": 1.0})
+    collector = collector_of(ledger)
+
+    def told() -> dict[str, list[Sample]]:
+        found: dict[str, list[Sample]] = {done.run_id: [], under_way.run_id: []}
+        for sample in (sample for family in collector.collect() for sample in family.samples):
+            found.get(sample.labels.get("run_id", ""), []).append(sample)
+        return found
+
+    before = told()
+    under_way.at(90, FlareEvents.START_WORKFLOW, workflow="evaluation")
+    after = told()
+    assert [id(sample) for sample in after[done.run_id]] == [id(sample) for sample in before[done.run_id]]
+    assert after[under_way.run_id] != before[under_way.run_id]
+    assert value(collector, "flip_run_last_event_timestamp_seconds", run_id=under_way.run_id) == NOW - 10
+    assert value(collector, "flip_run_round", run_id=under_way.run_id) is None, "another workflow has none yet"
+    for begin in (NOW - 90_000, NOW - 80_000):  # the first are shown for being the latest, until there are others
+        for number in range(50):
+            play(ledger, begin=begin + number)
+        told()
+    assert len(collector._told) == 52
+    assert collector._told.keys() == shown_runs(collector), "what is not shown any more is forgotten"
+
+
 # -- formats ---------------------------------------------------------------------------------------------------------
 
 

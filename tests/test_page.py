@@ -81,13 +81,17 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_page_is_the_library_s_whatever_has_happened_since_the_last_one(accept: str, tmp_path: Path) -> None:
     now = [NOW]
     ledger = Ledger(tmp_path)
-    collector = FlipCollector(ledger, Settings(), clock=lambda: now[0], loops=lambda: {"fold": now[0] - 1})
-    renderer = Renderer()
+
+    def reader(ledger: Ledger) -> FlipCollector:
+        return FlipCollector(ledger, Settings(), clock=lambda: now[0], loops=lambda: {"fold": now[0] - 1})
+
+    collector, renderer = reader(ledger), Renderer()
     pages: list[bytes] = []
 
     def look() -> None:
         content_type, page = renderer.render(collector, accept)
-        assert (content_type, page) == own(collector, accept) == renderer.render(collector, accept)
+        with Ledger(tmp_path) as other:
+            assert (content_type, page) == own(reader(other), accept) == renderer.render(collector, accept)
         assert page not in pages, "something has happened"
         pages.append(page)
 

@@ -17,6 +17,7 @@ from typing import Any
 from prometheus_client import Metric as Family
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar as PromExemplar
+from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from flip_observability._catalogue import BY_NAME, CATALOGUE, EVENT_FACT, PROBLEMS, Metric, clean_label
@@ -43,6 +44,8 @@ _BOUNDS = {metric.name: tuple(map(_go_float, (*metric.buckets, float("inf")))) f
 """By metric, what stands in ``le``."""
 Row = Mapping[str, Any]
 Values = Iterable[tuple[SeriesKey, float]]
+_Told = tuple[Row, list[Sample]]
+"""A run's row, and what gauges tell of it."""
 
 
 class FlipCollector(Collector):
@@ -75,6 +78,7 @@ class FlipCollector(Collector):
         self._loops = loops
         self._clock = clock
         self._capped = False
+        self._told: dict[str, _Told] = {}
         self._lock = threading.Lock()
 
     def collect(self) -> Iterator[Family]:
@@ -111,21 +115,32 @@ class FlipCollector(Collector):
         ages = [((kind,), max(0.0, now - waiting.get(kind, (0, now))[1])) for kind in kinds]
         self._add(families, "flip_outbox_oldest_age_seconds", ages)
         # One that ended between the two queries is in both; told twice, the whole page would be refused.
-        for run in {run["run_id"]: run for run in (*open_runs, *finished)}.values():
-            self._add_run(families, run)
+        runs = {run["run_id"]: run for run in (*open_runs, *finished)}
+        last = self._told
+        self._told = told = {run_id: self._tell(run, last.get(run_id)) for run_id, run in runs.items()}
+        for _, samples in told.values():
+            for sample in samples:
+                families[sample.name].samples.append(sample)
 
-    def _add_run(self, families: dict[str, Family], run: Row) -> None:
+    def _tell(self, run: Row, last: _Told | None) -> _Told:
+        """A run in samples: those of the last page while its row is the same, which that of a finished run stays."""
+        if last is not None and last[0] == run:
+            return last
         identity = (clean_label(run["run_id"]), clean_label(run["model_id"]))
         # The run's own net: it stays what it was when the server is given another one, and no alert fires again.
         net_id = clean_label(run["net_id"]) if run["net_id"] else self._net_id
-        for name, values_of in _RUN_GAUGES.items():
-            values = (((*identity, *labels), float(value)) for labels, value in values_of(run) if _is_number(value))
-            self._add(families, name, values, net_id)
+        samples = [
+            Sample(name, self._labels(BY_NAME[name], (*identity, *labels), net_id), float(value))
+            for name, values_of in _RUN_GAUGES.items()
+            for labels, value in values_of(run)
+            if _is_number(value)
+        ]
+        return run, samples
 
-    def _add(self, families: Mapping[str, Family], name: str, values: Values, net_id: str | None = None) -> None:
+    def _add(self, families: Mapping[str, Family], name: str, values: Values) -> None:
         family, metric = families[name], BY_NAME[name]
         for key, value in values:
-            family.add_sample(name, self._labels(metric, key, net_id), value)
+            family.add_sample(name, self._labels(metric, key), value)
 
     def _labels(self, metric: Metric, key: SeriesKey, net_id: str | None = None) -> dict[str, str]:
         return {"net_id": net_id or self._net_id, **dict(zip(metric.label_names, key, strict=True))}
