@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from urllib.parse import unquote, urlsplit
 
 from drills.deaths import ERROR, STOPPED, UPLOADED
 from drills.judge import Drill, Run
@@ -34,6 +35,25 @@ def in_a_salvage(stage: Stage) -> Sequence[Run]:
     site.proxy.faults.append(Fault("UploadPart", kill, times=1, part=2))
     job.kill()
     wait_for(lambda: not site.proxy.faults[0].times, 60, "the salvage")
+    return [_taken_over(site, job.run())]
+
+
+def before_its_id(stage: Stage) -> Sequence[Run]:
+    """SIGKILL when the bucket has begun an upload, and its id has not been written down."""
+    site = stage.small()
+    job = site.job(megabytes=MEGABYTES)
+    job.begin().train()
+    observer = site.observer()
+
+    def kill(_: FaultProxy, request: Request) -> None:
+        key = unquote(urlsplit(request.path).path).removeprefix(f"/{site.bucket.name}/")
+        site.bucket.client().create_multipart_upload(Bucket=site.bucket.name, Key=key)
+        observer.kill()
+
+    site.proxy.faults.append(Fault("CreateMultipartUpload", kill, times=1))
+    job.kill()
+    wait_for(lambda: not site.proxy.faults[0].times, 60, "the salvage")
+    assert site.bucket.unfinished_uploads(), "the bucket knows of no upload"
     return [_taken_over(site, job.run())]
 
 
@@ -120,6 +140,7 @@ def _taken_over(site: SmallSite, run: Run) -> Run:
 
 DRILLS: tuple[Drill, ...] = (
     Drill("kill-in-salvage", "deaths", "SIGKILL of the observer in a salvage", in_a_salvage, ERROR, True, quick=True),
+    Drill("kill-before-upload-id", "deaths", "SIGKILL when the bucket has begun an upload", before_its_id, ERROR, True),
     Drill(
         "kill-in-salvage-of-upload",
         "deaths",

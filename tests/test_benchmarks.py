@@ -12,7 +12,7 @@ import pytest
 import typer
 from benchmarks import plots
 from benchmarks.goals import GOALS
-from benchmarks.measure import Effort, Figure, p99, spread, turns
+from benchmarks.measure import ROOT, Effort, Figure, child, p99, spread, turns
 
 RESULTS: dict[str, Any] = json.loads(plots.RESULTS.read_text(encoding="utf-8"))
 
@@ -101,3 +101,46 @@ def test_a_group_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="there is no group nothing"):
         command.main(only=["nothing"], output=tmp_path / "results.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_account_of_a_job_holds_what_components_and_their_threads_take_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "component.py").write_text(
+        """
+import threading, time
+
+def work(seconds):
+    begun = time.thread_time()
+    while time.thread_time() - begun < seconds:
+        pass
+
+def thread(name, seconds):
+    started = threading.Thread(target=work, args=(seconds,), name=name, daemon=True)
+    started.start()
+    started.join()
+
+class Component:
+    def handle_event(self, event_type, fl_ctx):
+        work(0.2)
+
+work(0.1)  # as an import does
+"""
+    )
+    code = """
+import threading, time
+from benchmarks.model import Accounts
+Accounts([])
+assert Accounts.total() == 0
+Accounts(["component.Component"])
+import component
+component.Component().handle_event("_x", None)
+component.thread("flip-ended", 0.4)
+component.thread("theirs", 2.0)
+living = threading.Thread(target=lambda: (component.work(0.8), time.sleep(60)), name="flip-living", daemon=True)
+living.start()
+while Accounts.total() < 1.5:
+    time.sleep(0.01)
+time.sleep(0.2)
+print(Accounts.total())
+"""
+    total = float(child(code, environment={"PYTHONPATH": f"{ROOT}:{tmp_path}"}))
+    assert 1.5 <= total < 1.9

@@ -163,8 +163,8 @@ def test_a_run_arrives_whole_and_verified(bucket: S3Client, proxy: FaultProxy, r
     assert stored(bucket, receipt) == {"log.txt": b"a line\n" * 1000, "weights.pt": weights}
     assert (receipt.files, receipt.verified, receipt.warnings) == (2, True, ())
     assert receipt.seconds > 0
-    assert calls.multipart == [(key, calls.multipart[0][1]), (key, "")]
-    assert calls.multipart[0][1]
+    assert calls.multipart == [(key, ""), (key, calls.multipart[1][1]), (key, "")]
+    assert calls.multipart[1][1]
     assert calls.progress[0] == (0, 20 * MIB + 7000)
     assert calls.progress == sorted(calls.progress)
     assert calls.progress[-1][0] == receipt.size
@@ -416,7 +416,7 @@ def test_a_bucket_that_does_not_exist(bucket: S3Client, run_dir: Path) -> None:
     calls = Calls()
     failed = calls.failure(run_dir, destination=Destination.parse("s3://another-one"))
     assert failed.reason == "no_such_bucket"
-    assert calls.multipart == []
+    assert [upload_id for _, upload_id in calls.multipart] == [""]
 
 
 def test_no_credentials(bucket: S3Client, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,11 +518,21 @@ def test_an_abort_that_fails_is_left_for_later(
     calls = Calls()
     assert calls.failure(run_dir).reason == "access_denied"
     assert "could not be aborted (AccessDenied in AbortMultipartUpload)" in caplog.text
-    [(key, upload_id)] = calls.multipart
+    [(_, nothing), (key, upload_id)] = calls.multipart
+    assert nothing == ""
     assert unfinished(bucket) == [upload_id]
     abort_upload(TARGET, key, upload_id)
     assert unfinished(bucket) == []
     abort_upload(TARGET, key, upload_id)
+
+
+def test_an_upload_whose_id_nobody_knows_is_found_by_its_key(bucket: S3Client) -> None:
+    for key in ("net-1/a.zip", "net-1/a.zip", "net-1/a.zip.other"):
+        bucket.create_multipart_upload(Bucket="results", Key=key)
+    abort_upload(TARGET, "net-1/a.zip", "")
+    left = bucket.list_multipart_uploads(Bucket="results")["Uploads"]
+    assert [upload["Key"] for upload in left] == ["net-1/a.zip.other"]
+    abort_upload(TARGET, "net-1/a.zip", "")
 
 
 def test_an_abort_says_why_it_failed(bucket: S3Client, proxy: FaultProxy) -> None:

@@ -34,6 +34,7 @@ from flip_observability.tracing import Tracing
 from history import Run
 from otlp_sink import OtlpSink
 from poc import wait_until
+from s3_faults import Fault, FaultProxy, error
 
 
 class Parent:
@@ -529,7 +530,10 @@ def test_when_nothing_is_left(site: Site, intent: str | None) -> None:
     assert ("upload_failed" in site.row(run)["problems"]) is (intent is not None)
 
 
-def test_what_a_killed_upload_left_in_the_bucket_is_removed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["id-written-down", "killed-before-that"])
+def test_what_a_killed_upload_left_in_the_bucket_is_removed(
+    site: Site, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
     with EmbeddedBucket() as bucket:
         for name, value in bucket.environment.items():
             monkeypatch.setenv(name, value)
@@ -542,12 +546,34 @@ def test_what_a_killed_upload_left_in_the_bucket_is_removed(site: Site, monkeypa
         key = "demo/x/half.zip"
         upload_id = client.create_multipart_upload(Bucket=bucket.name, Key=key)["UploadId"]
         assert bucket.unfinished_uploads() == [key]
-        run = site.begin(intent="UPLOAD_PENDING", upload_key=key, upload_id=upload_id)
+        run = site.begin(intent="UPLOAD_PENDING", upload_key=key, upload_id=upload_id if known else None)
         site.sentinel().sweep()
         site.wait_for(run, "final_status", "RESULTS_UPLOADED")
         assert bucket.unfinished_uploads() == []
         assert len(bucket.objects()) == 1
         assert site.row(run)["upload_id"] is None
+
+
+def test_a_bucket_that_lists_no_uploads_gets_the_results_all_the_same(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmbeddedBucket() as bucket:
+        host, _, port = bucket.endpoint_url.removeprefix("http://").partition(":")
+        proxy = FaultProxy((host, int(port)))
+        proxy.faults = [Fault("ListMultipartUploads", error(403, "AccessDenied"))]
+        for name, value in {**bucket.environment, "AWS_ENDPOINT_URL_S3": proxy.url}.items():
+            monkeypatch.setenv(name, value)
+        site.variables |= {
+            "LOCAL_DEV": "false",
+            "INTERNAL_SERVICE_KEY": "key",
+            "UPLOADED_FEDERATED_DATA_BUCKET": bucket.destination,
+        }
+        run = site.begin(intent="UPLOAD_PENDING", upload_key="demo/x/begun.zip")
+        site.sentinel().sweep()
+        site.wait_for(run, "final_status", "RESULTS_UPLOADED")
+        proxy.stop()
+        assert proxy.seen[0] == "ListMultipartUploads"
+        assert len(bucket.objects()) == 1
 
 
 # -- poison ------------------------------------------------------------------------------------------------------------

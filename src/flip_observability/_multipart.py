@@ -299,7 +299,8 @@ class MultipartUpload:
         client: an S3 client.
         bucket, key: the object.
         expected: bytes that will be written, as far as known.
-        on_upload_id: called with the upload id once it exists, and with "" once there is nothing to abort.
+        on_upload_id: called with "" before there is an upload, with its id once it exists, and with "" once there is
+            nothing to abort.
         on_sent: called with the bytes that the bucket has accepted so far.
 
     What S3 or the network raises leaves the method that finds it as it is, and every later write.
@@ -327,6 +328,7 @@ class MultipartUpload:
         self._next = 1
         self._sent = 0
         self._upload_id = ""
+        on_upload_id("")  # who is killed before the bucket's answer is written down leaves the key to look for
         created = _bounded(
             lambda: client.create_multipart_upload(
                 Bucket=bucket,
@@ -512,21 +514,34 @@ class MultipartUpload:
         return True, ()
 
 
-def abort(client: S3Client, bucket: str, key: str, upload_id: str) -> None:
-    """Have a bucket forget an unfinished upload. One that it does not know is none.
-
-    Raises:
-        ClientError, BotoCoreError, OSError: what the last of three attempts failed with.
-    """
-    patience = Patience(
+def _tidying() -> Patience:
+    return Patience(
         attempts=3,
         total=min(30.0, PATIENCE.total),
         stuck=min(90.0, PATIENCE.stuck),
         first_pause=PATIENCE.first_pause,
         longest_pause=PATIENCE.longest_pause,
     )
+
+
+def unfinished(client: S3Client, bucket: str, key: str) -> list[str]:
+    """Ids of the unfinished uploads of one key that a bucket knows.
+
+    Raises:
+        ClientError, BotoCoreError, OSError: what the last of three attempts failed with.
+    """
+    answer = _bounded(lambda: client.list_multipart_uploads(Bucket=bucket, Prefix=key), _tidying())
+    return [upload["UploadId"] for upload in answer.get("Uploads", []) if upload["Key"] == key]
+
+
+def abort(client: S3Client, bucket: str, key: str, upload_id: str) -> None:
+    """Have a bucket forget an unfinished upload. One that it does not know is none.
+
+    Raises:
+        ClientError, BotoCoreError, OSError: what the last of three attempts failed with.
+    """
     try:
-        _bounded(lambda: client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id), patience)
+        _bounded(lambda: client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id), _tidying())
     except ClientError as error:
         if _code(error) != "NoSuchUpload":
             raise

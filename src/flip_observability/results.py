@@ -202,7 +202,7 @@ def upload_results(
         on_progress: called now and then with the bytes of the archive that have arrived and the bytes of all source
             files. The first can end above the second (the zip's own bytes) or below it (text is deflated).
         on_multipart: called with key and upload id as soon as there is something to abort, and with an empty upload id
-            when there is nothing any more. Keep the last call's arguments for :func:`abort_upload`.
+            before that and when there is nothing any more. Keep the last call's arguments for :func:`abort_upload`.
 
     What the two callbacks raise is logged and otherwise ignored.
 
@@ -249,21 +249,23 @@ def abort_upload(destination: Destination, key: str, upload_id: str, s3_client: 
     """Remove what a killed upload left behind. It is no error when nothing is left.
 
     Args:
-        destination, key, upload_id: of the upload, as `on_multipart` was given them.
+        destination, key, upload_id: of the upload, as `on_multipart` was given them. Without an id the bucket is asked
+            what it has of this key, which needs the permission to list uploads.
         s3_client: instead of one from boto3's own chain of credentials.
 
     Raises:
         ResultsUploadError: when it could not be removed.
     """
-    if not upload_id:
-        return
     try:
         if destination.directory is not None:
-            _remove_unfinished(destination.directory, key, upload_id)
-        else:
-            from flip_observability import _multipart
+            if upload_id:
+                _remove_unfinished(destination.directory, key, upload_id)
+            return
+        from flip_observability import _multipart
 
-            _multipart.abort(s3_client or _multipart.make_client(), destination.bucket, key, upload_id)
+        client = s3_client or _multipart.make_client()
+        for found in [upload_id] if upload_id else _multipart.unfinished(client, destination.bucket, key):
+            _multipart.abort(client, destination.bucket, key, found)
     except ResultsUploadError:
         raise
     except Exception as error:
@@ -398,10 +400,10 @@ class _FileSink:
         self._path, self._on_upload_id, self._on_sent = path, on_upload_id, on_sent
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        on_upload_id(self._unfinished.name)  # first: who is killed now leaves a name, and not a file without one
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = open(os.open(self._unfinished, flags, 0o600), "w+b", buffering=_READ_BYTES)  # noqa: SIM115
         self._size = self._crc = self._reported = 0
-        on_upload_id(self._unfinished.name)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         self._file.write(data)

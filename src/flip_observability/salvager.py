@@ -24,7 +24,7 @@ from flip_observability.errors import report
 from flip_observability.hub import CONTRACTS
 from flip_observability.ledger import Entry, Ledger, LedgerError
 from flip_observability.lifecycle import Event, Fact
-from flip_observability.results import Receipt, ResultsUploadError, abort_upload
+from flip_observability.results import Destination, Receipt, ResultsUploadError, abort_upload
 from flip_observability.salvage import Kit, RunDirectory, StoredArchive, salvage
 from flip_observability.settings import Settings
 
@@ -174,9 +174,7 @@ class Salvager:
         """Upload, unless that has been done already, and keep the receipt with the run."""
         destination = results_destination(self._settings, self._directory)
         run_id = run["run_id"]
-        if run["upload_id"]:
-            abort_upload(destination, run["upload_key"], run["upload_id"])
-            ledger.append(Entry(run_id, self._clock(), run={"upload_id": None}))
+        self._tidy(ledger, run, destination)
         if run["results_uri"]:
             return {name: run[name] for name in ("results_uri", "results_bytes", "results_files")}
 
@@ -189,6 +187,18 @@ class Salvager:
         ledger.append(Entry(run_id, self._clock(), run=columns))
         log.info("Run %s: its results were salvaged (%d files, %d bytes).", run_id, receipt.files, receipt.size)
         return columns
+
+    def _tidy(self, ledger: Ledger, run: Mapping[str, Any], destination: Destination) -> None:
+        """Remove what an upload that was killed has left in the bucket."""
+        if run["upload_id"]:
+            abort_upload(destination, run["upload_key"], run["upload_id"])
+            ledger.append(Entry(run["run_id"], self._clock(), run={"upload_id": None}))
+        elif run["upload_key"] and not run["results_uri"]:
+            try:
+                abort_upload(destination, run["upload_key"], "")
+            except ResultsUploadError as error:
+                # Killed before the upload's id was written down: it has no parts, and the bucket's own rule ends it.
+                log.info("Run %s: uploads that were begun cannot be looked for (%s).", run["run_id"], error.reason)
 
     @contextmanager
     def _source(self, run: Mapping[str, Any], patient: bool) -> Iterator[RunDirectory | StoredArchive]:
