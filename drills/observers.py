@@ -44,15 +44,16 @@ def before_its_id(stage: Stage) -> Sequence[Run]:
     job = site.job(megabytes=MEGABYTES)
     job.begin().train()
     observer = site.observer()
+    killed: list[float] = []
 
     def kill(_: FaultProxy, request: Request) -> None:
         key = unquote(urlsplit(request.path).path).removeprefix(f"/{site.bucket.name}/")
         site.bucket.client().create_multipart_upload(Bucket=site.bucket.name, Key=key)
-        observer.kill()
+        killed.append(observer.kill())
 
     site.proxy.faults.append(Fault("CreateMultipartUpload", kill, times=1))
     job.kill()
-    wait_for(lambda: not site.proxy.faults[0].times, 60, "the salvage")
+    wait_for(lambda: bool(killed), 60, "the salvage")
     assert site.bucket.unfinished_uploads(), "the bucket knows of no upload"
     return [_taken_over(site, job.run())]
 
