@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
     if unknown := [name for name in arguments.only if not choose(DRILLS, [name], quick=False)]:
         parser.error(f"no such drill or group: {', '.join(unknown)}")
+    if arguments.times < 1:
+        parser.error(f"--times: {arguments.times} is no number of runs; give 1 or more")
     drills = choose(DRILLS, arguments.only, quick=arguments.quick)
     if arguments.list:
         for drill in drills:

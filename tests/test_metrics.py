@@ -297,8 +297,21 @@ def test_only_runs_that_have_changed_are_told_anew(ledger: Ledger) -> None:
         (OPENMETRICS, "openmetrics"),
         (PROMETHEUS, "openmetrics"),
         *((accept, "plain") for accept in (CLASSIC, "", None, "*/*", "text/html", "nonsense;;;,,")),
+        ("text/plain; version=x", "plain"),
+        ("application/openmetrics-text; version=x", "plain"),
     ],
-    ids=["openmetrics", "prometheus", "classic", "empty", "none", "any", "html", "nonsense"],
+    ids=[
+        "openmetrics",
+        "prometheus",
+        "classic",
+        "empty",
+        "none",
+        "any",
+        "html",
+        "nonsense",
+        "no-version",
+        "no-openmetrics",
+    ],
 )
 def test_the_scraper_chooses_the_format(accept: str | None, kind: str, server: FlipCollector) -> None:
     content_type, body = render(server, accept)

@@ -174,7 +174,6 @@ def test_it_takes_in_spools_and_forgets_what_is_old(folder: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(folder), spooled], check=True)
         mine = Spool(folder)
         mine.add(Entry(str(uuid.uuid4()), time.time()))
-        MetricsFold(ledger).catch_up()  # only what has been counted is forgotten, and the upkeep may come first
         with observing(folder):
             wait_for(lambda: ledger.run(spooled) is not None)
             wait_for(lambda: ledger.run(old.run_id) is None)

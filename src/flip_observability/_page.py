@@ -36,7 +36,7 @@ class Renderer:
         Returns:
             The content type, which says all that tells formats apart, and the page.
         """
-        encoder, content_type = choose_encoder(accept_header or "")
+        encoder, content_type = _chosen(accept_header or "")
         format_ = self._formats.pop(content_type, None) or _Format(encoder)
         self._formats[content_type] = format_
         if len(self._formats) > MAX_FORMATS:
@@ -82,6 +82,13 @@ class _Format:
 
     def _text(self, families: list[Family]) -> str:
         return self._encode(_Given(families)).decode("utf-8")
+
+
+def _chosen(accept_header: str) -> tuple[Callable[[Collector], bytes], str]:
+    try:
+        return choose_encoder(accept_header)
+    except (TypeError, ValueError):  # of a version that is no number; whoever asks so gets what everybody can read
+        return choose_encoder("")
 
 
 class _Given(Collector):

@@ -415,7 +415,9 @@ class _Fold:
     def step(self) -> float:
         if not self._fold.catch_up():
             return 0.0
-        self._observer._caught_up = True
+        if not self._observer._caught_up:
+            self._observer._caught_up = True
+            self._observer.nudge("upkeep")  # what is counted may be forgotten
         return FOLD_SECONDS
 
     def finish(self) -> None:
@@ -489,9 +491,8 @@ class _Upkeep:
 
     def step(self) -> float:
         for number, (seconds, chore) in enumerate(self._CHORES):
-            if time.monotonic() >= self._due[number]:
+            if time.monotonic() >= self._due[number] and chore(self):
                 self._due[number] = time.monotonic() + seconds
-                chore(self)
         return UPKEEP_SECONDS
 
     def finish(self) -> None:
@@ -500,13 +501,17 @@ class _Upkeep:
     def close(self) -> None:
         """Nothing to let go of."""
 
-    def _take_spools(self) -> None:
+    def _take_spools(self) -> bool:
         if take_spools(self._ledger, self._observer.directory, time.time()):
             self._observer.nudge("dispatcher")
         self._ledger.checkpoint()
+        return True
 
-    def _forget(self) -> None:
+    def _forget(self) -> bool:
+        if not self._observer._caught_up:
+            return False  # only what has been counted goes
         self._ledger.forget_before(time.time() - self._observer.settings.retention_days * 86_400)
+        return True
 
     _CHORES = ((SPOOL_SECONDS, _take_spools), (FORGET_SECONDS, _forget))
 
