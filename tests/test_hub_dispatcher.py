@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from flip_observability import hub as hub_module
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.hub import (
     CONTRACTS,
@@ -38,6 +39,7 @@ from flip_observability.hub import (
 )
 from flip_observability.ledger import Entry, Ledger, OutboxItem, OutboxRow
 from flip_observability.settings import Settings
+from waiting import wait_for
 
 T0 = 1_000_000.0
 """The simulated clock's beginning."""
@@ -349,6 +351,54 @@ def test_an_ill_hub_is_not_probed_while_a_call_is_under_way(ledger: Ledger) -> N
         time.sleep(0.01)
     dispatcher.stop(30)
     assert asked[2] == fast
+
+
+def test_a_call_that_hangs_is_waited_for_and_not_watched(ledger: Ledger) -> None:
+    asked: list[str] = []
+    probing, answer = threading.Event(), threading.Event()
+
+    class Hub:
+        def send(self, row: OutboxRow) -> Reply:
+            asked.append(row.uid)
+            if len(asked) == 1:
+                return Reply(500)
+            probing.set()
+            answer.wait(60)
+            return Reply(200)
+
+    looks = 0
+
+    def clock() -> float:
+        nonlocal looks
+        looks += 1
+        return time.time()
+
+    status(ledger, new_id(), "INITIATED", time.time())
+    dispatcher = Dispatcher(ledger, Hub(), settings_for(None), clock=clock)
+    dispatcher.start()
+    assert probing.wait(60)
+    before = looks
+    time.sleep(0.5)
+    assert looks - before < 20, "it looks again and again although only an answer can change anything"
+    answer.set()
+    dispatcher.stop(30)
+
+
+def test_a_row_is_sent_again_when_it_is_time_and_not_when_the_outbox_is_polled(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "POLL_SECONDS", 600.0)
+    replies = [Reply(408), Reply(408), Reply(200)]
+
+    class Hub:
+        def send(self, row: OutboxRow) -> Reply:
+            return replies.pop(0)
+
+    uid = status(ledger, new_id(), "INITIATED", time.time())
+    dispatcher = Dispatcher(ledger, Hub(), settings_for(None))
+    dispatcher.start()
+    wait_for(lambda: row_of(ledger, uid).state == "delivered", 60, "the third try")
+    dispatcher.stop(30)
 
 
 def test_one_row_that_makes_the_hub_fail_does_not_stop_the_others(hub: EmbeddedHub, ledger: Ledger) -> None:

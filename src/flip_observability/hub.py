@@ -345,8 +345,8 @@ def classify(reply: Reply, row: OutboxRow) -> Verdict:
 
 WORKERS = 8
 """Calls made at once."""
-POLL_SECONDS = 0.5
-"""How often an idle dispatcher looks for rows of other processes."""
+POLL_SECONDS = 2.0
+"""How often an idle dispatcher looks for rows of other processes. Of its own it is told, and their times it knows."""
 FIRST_BACKOFF = 0.5
 MIN_BACKOFF = 0.05
 MAX_PROBE_SECONDS = 15.0
@@ -447,6 +447,7 @@ class Dispatcher:
         self._next_expiry = 0.0
         self._inherited_at = float("-inf")
         self._last_look = 0.0
+        self._wake_at: float | None = None
         self._quiet = _Quiet()
         self._stop: threading.Event | None = None
         self._thread: threading.Thread | None = None
@@ -557,12 +558,11 @@ class Dispatcher:
                 self._nudged = False
 
     def _pause(self) -> float:
-        if self._illness is None:
-            return POLL_SECONDS
-        return min(POLL_SECONDS, max(0.01, self._illness.probe_at - self._clock()))
+        return POLL_SECONDS if self._wake_at is None else min(POLL_SECONDS, max(0.01, self._wake_at - self._clock()))
 
     def _pump(self, now: float | None) -> int:
         """Take rows and begin to send them. Returns how many."""
+        self._wake_at = None  # where rows cannot be taken although it is time, nothing is gained by asking at once
         try:
             if not self._prepared:
                 self._prepare()
@@ -591,11 +591,13 @@ class Dispatcher:
         with self._wake:
             free, illness = WORKERS - self._in_flight, self._illness
         if illness is not None:
-            if free < WORKERS or now < illness.probe_at:
+            if now < illness.probe_at:
+                self._wake_at = illness.probe_at
                 return [], True
-            return self._lease_probe(now), True
+            return (self._lease_probe(now) if free == WORKERS else []), True
         due = self._ledger.next_due() if free > 0 else None
         if due is None or due > now:
+            self._wake_at = due
             return [], False
         return self._ledger.lease(self._owner, now, LEASE_SECONDS, free), False
 
