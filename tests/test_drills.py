@@ -88,6 +88,9 @@ def test_the_command_line() -> None:
     unknown = drills("--only", "nonsense")
     assert unknown.returncode == 2
     assert "nonsense" in unknown.stderr
+    none = drills("--times", "0")
+    assert none.returncode == 2
+    assert "--times: 0" in none.stderr
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
