@@ -17,6 +17,10 @@ OURS = PEER.replace(
     "print(", "from flip_observability.nvflare.components import ServerEventHandler, PersistToS3AndCleanup\nprint("
 )
 
+ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""NVFLARE imports numpy, whose BLAS starts a thread for each core, and each of them spins for a while: of whatever is
+imported next, some 50 ms would be theirs."""
+
 
 def measure(effort: Effort) -> Iterable[Figure]:
     """Both in fresh processes, in turn; the first pair only warms the disk's cache.
@@ -26,7 +30,7 @@ def measure(effort: Effort) -> Iterable[Figure]:
     walls: dict[str, list[float]] = {PEER: [], OURS: []}
 
     def cpu_seconds(code: str) -> float:
-        cpu, wall = map(float, child(code).split())
+        cpu, wall = map(float, child(code, environment=ALONE).split())
         walls[code].append(1000 * wall)
         return cpu
 

@@ -25,6 +25,7 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
 from nvflare.app_common.abstract.model_persistor import ModelPersistor
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
 
 LAYERS = 161
 PARAMETERS = 25_557_032
@@ -80,10 +81,10 @@ class Accounts(FLComponent):
     def __init__(self, paths: list[str]) -> None:
         super().__init__()
         if paths:
-            begun = time.process_time()
+            begun = time.thread_time()
             parts = [path.rpartition(".") for path in paths]
             classes = [getattr(importlib.import_module(module), name) for module, _, name in parts]
-            self._add(time.process_time() - begun)
+            self._add(time.thread_time() - begun)
             for cls in classes:
                 cls.handle_event = self._timed(cls.handle_event)
             run = threading.Thread.run
@@ -118,7 +119,8 @@ def _is_ours(thread: threading.Thread) -> bool:
 
 
 class CpuTime(FLComponent):
-    """Writes the CPU seconds of the server's process, and ours of them, when END_RUN is over. Listed last.
+    """Writes the CPU seconds of the server's process, and ours of them, at the start of each round and when END_RUN is
+    over. Listed last.
 
     Args:
         file: where they are written.
@@ -127,9 +129,11 @@ class CpuTime(FLComponent):
     def __init__(self, file: str) -> None:
         super().__init__()
         self._file = file
+        self._looks: list[dict[str, float]] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Look at the clocks at the end of the run."""
+        """Look at the clocks."""
+        if event_type in (AppEventType.ROUND_STARTED, EventType.END_RUN):
+            self._looks.append({"process": time.process_time(), "ours": Accounts.total()})
         if event_type == EventType.END_RUN:
-            seconds = {"process": time.process_time(), "ours": Accounts.total()}
-            Path(self._file).write_text(json.dumps(seconds), encoding="utf-8")
+            Path(self._file).write_text(json.dumps(self._looks), encoding="utf-8")

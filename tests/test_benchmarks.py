@@ -10,7 +10,7 @@ from typing import Any
 import benchmarks.__main__ as command
 import pytest
 import typer
-from benchmarks import plots
+from benchmarks import jobs, plots
 from benchmarks.goals import GOALS
 from benchmarks.measure import ROOT, Effort, Figure, child, p99, spread, turns
 
@@ -101,6 +101,14 @@ def test_a_group_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="there is no group nothing"):
         command.main(only=["nothing"], output=tmp_path / "results.json")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rounds", [5, jobs.ROUNDS])
+def test_a_quick_look_tells_what_all_rounds_take(rounds: int) -> None:
+    looks = [{"process": 3.0 + 2.0 * number, "ours": 0.2 + 0.1 * number} for number in range(rounds)]
+    looks.append({"process": looks[-1]["process"] + 2.5, "ours": looks[-1]["ours"] + 0.4})
+    seconds = jobs.Seconds.of(looks)
+    assert (seconds.process, seconds.ours) == pytest.approx((3.0 + 2.0 * 49 + 2.5, 0.2 + 0.1 * 49 + 0.4))
 
 
 def test_the_account_of_a_job_holds_what_components_and_their_threads_take_and_nothing_else(tmp_path: Path) -> None:
