@@ -52,8 +52,10 @@ def _entry(figure: Figure) -> dict[str, Any]:
 
 def _table(figures: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="Benchmarks", title_justify="left")
-    for name, justify in (("figure", "left"), ("value", "right"), ("spread", "right"), ("goal", "right"), ("", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("figure", overflow="fold")  # names that begin alike are not to be cut
+    for name in ("value", "spread", "goal"):
+        table.add_column(name, justify="right")
+    table.add_column()
     for key, entry in figures.items():
         low, high = entry["spread"]
         mark = "ok" if entry["reached"] else "[bold red]missed[/]"
@@ -69,7 +71,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:
     """Measure everything, or the groups named with ``--only`` (the others' figures stay in the file)."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     unknown = set(only or ()) - GROUPS.keys()
     if unknown:
         raise typer.BadParameter(f"there is no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
