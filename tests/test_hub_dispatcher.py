@@ -34,6 +34,7 @@ from flip_observability.hub import (
     MAX_ROW_SECONDS,
     Dispatcher,
     HubTransport,
+    LocalHub,
     Reply,
     _counted,
 )
@@ -382,6 +383,22 @@ def test_a_call_that_hangs_is_waited_for_and_not_watched(ledger: Ledger) -> None
     assert looks - before < 20, "it looks again and again although only an answer can change anything"
     answer.set()
     dispatcher.stop(30)
+
+
+def test_who_waits_for_nobody_needs_no_thread_for_a_call(ledger: Ledger) -> None:
+    threads: list[str] = []
+
+    class Hub(LocalHub):
+        def send(self, row: OutboxRow) -> Reply:
+            threads.append(threading.current_thread().name)
+            return super().send(row)
+
+    uids = [status(ledger, new_id(), "INITIATED", time.time()) for _ in range(3)]
+    dispatcher = Dispatcher(ledger, Hub(), settings_for(None))
+    dispatcher.start()
+    assert all(dispatcher.wait_for(uid, 60) for uid in uids)
+    dispatcher.stop(30)
+    assert threads == ["flip-hub-dispatcher"] * 3
 
 
 def test_a_row_is_sent_again_when_it_is_time_and_not_when_the_outbox_is_polled(
