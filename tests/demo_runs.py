@@ -30,6 +30,7 @@ from rich.console import Console
 from flip_observability.demo import runner
 from flip_observability.demo.bucket import BucketRecord
 from flip_observability.demo.hub import HubRecord
+from flip_observability.demo.job import has_lost_a_site
 from flip_observability.demo.scenarios import SCENARIOS
 from flip_observability.demo.verdict import Archive, Evidence
 from flip_observability.ledger import FILE_NAME
@@ -198,12 +199,12 @@ def _play_in_a_process(folder: Path, name: str, environment: Mapping[str, str], 
     try:
         while process.poll() is None and time.monotonic() < deadline and not lost_a_site:
             time.sleep(0.2)
-            lost_a_site = runner.has_lost_a_site(folder / name / "job.log")
+            lost_a_site = has_lost_a_site(folder / name / "job.log")
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)  # so that it ends its job's processes, too
             process.wait(60)
-    lost_a_site = runner.has_lost_a_site(folder / name / "job.log")
+    lost_a_site = has_lost_a_site(folder / name / "job.log")
     if process.returncode and not lost_a_site:
         (folder / f"{name}.failed").write_text(output.read_text(errors="replace")[-6_000:])
     return lost_a_site

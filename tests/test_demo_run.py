@@ -19,7 +19,7 @@ from demo_runs import CANARY, DemoRun, DemoRuns, _forget, copy_ledger
 from flip_observability.demo import runner
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
-from flip_observability.demo.job import ROUNDS, write_job
+from flip_observability.demo.job import ROUNDS, has_lost_a_site, write_job
 from flip_observability.demo.scenarios import GLOBAL_ACCURACY, MODEL_FILE, SCENARIOS
 from flip_observability.demo.verdict import Evidence, judge
 from flip_observability.ledger import Ledger
@@ -282,12 +282,12 @@ def test_the_job_is_what_a_flip_server_would_be_given(tmp_path: Path) -> None:
 
 def test_a_scenario_that_lost_a_site_leaves_nothing_behind(tmp_path: Path) -> None:
     log = tmp_path / "fatal" / "job.log"
-    assert not runner.has_lost_a_site(log)
+    assert not has_lost_a_site(log)
     log.parent.mkdir()
     log.write_text("INFO - Simulate Run client: site-2\n")
-    assert not runner.has_lost_a_site(log)
+    assert not has_lost_a_site(log)
     log.write_text("SimulatorClientRunner - ERROR - Communication error with client site-2: Connection reset by peer\n")
-    assert runner.has_lost_a_site(log)
+    assert has_lost_a_site(log)
     with Ledger(tmp_path / "ledger") as ledger:
         Run(ledger)
     before = copy_ledger(tmp_path / "ledger", tmp_path / "after" / "success")

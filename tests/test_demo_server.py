@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,11 @@ import pytest
 
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub, HubRecord
-from flip_observability.demo.server import ALIVE, STORIES, _forget_old_runs
+from flip_observability.demo.job import kill_job
+from flip_observability.demo.scenarios import SCENARIOS
+from flip_observability.demo.server import ALIVE, STORIES, _forget_old_runs, _run
 from otel_collector import Collector
-from otlp_sink import OtlpSink, check_trace, to_json
+from otlp_sink import OtlpSink, Received, check_trace, to_json
 from prometheus_tools import Prometheus
 from waiting import wait_for
 
@@ -243,7 +246,11 @@ def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
         archives = client.list_objects_v2(Bucket="made-by-the-server", Prefix="runs/")["Contents"]
         assert all(archive["Size"] > 1_000 and archive["Key"].endswith(".zip") for archive in archives)
 
-        (root, *_) = sink.wait_for("flip.run", seconds=60)
+        def uploaded() -> Received | None:
+            roots = [span for span in sink.spans if span.name == "flip.run"]
+            return next((span for span in roots if span.attributes.get("flip.status") == "RESULTS_UPLOADED"), None)
+
+        root = wait_for(uploaded, 60, "the root of a run that went well")
         run_id = root.attributes["flip.run_id"]
         # The hub's last answer can come after the root.
         wait_for(lambda: any("/status/RESULTS_UPLOADED" in str(s.attributes) for s in sink.spans), 30, "the hub's span")
@@ -264,6 +271,37 @@ def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
     for service in (hub, server, observer):
         assert KEY not in service.output
     assert KEY not in to_json(sink.spans)
+
+
+SITE = "import time; time.sleep(600)"
+JOB = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {SITE!r}], start_new_session=True)
+print("Communication error with client site-1", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_job_ends_with_its_sites_which_have_sessions_of_their_own() -> None:
+    process = subprocess.Popen([sys.executable, "-c", JOB], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    (site,) = _descendants(process.pid)
+    kill_job(process)
+    process.stdout.close()
+    wait_for(lambda: not _lives(site), 30, "the site's end")
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_job_whose_site_could_not_be_started_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\n{JOB}")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert _run(tmp_path, SCENARIOS["success"], 0.0, threading.Event()) == 1
+    assert "could not start one of its sites" in caplog.text
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from flip_observability.demo.scenarios import Scenario
 
@@ -148,6 +153,42 @@ def prepare_workspace(workspace: Path) -> Path:
 def run_dir(workspace: Path) -> Path:
     """The server's run directory below a simulator workspace."""
     return workspace / "server" / "simulate_job"
+
+
+def has_lost_a_site(log: Path) -> bool:
+    """Whether NVFLARE's simulator could not start one of its sites: the federation would wait for it for ever.
+
+    It picks a free port for each site and uses it a moment later, when somebody else may have it; and it forks from a
+    process with many threads, which can kill the child at its birth. Both happen on busy machines.
+    """
+    try:
+        text = log.read_bytes()
+    except FileNotFoundError:
+        return False
+    return any(sign in text for sign in (b"Communication error with client", b"Subprocess died for client"))
+
+
+def kill_job(process: subprocess.Popen[bytes], grace: float = 0.0) -> None:
+    """End a job that was started in a session of its own, and wait for it.
+
+    Args:
+        process: of this module's command line.
+        grace: seconds between SIGTERM and SIGKILL; at once SIGKILL when 0.
+    """
+    sites: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        sites = psutil.Process(process.pid).children(recursive=True)  # NVFLARE gives each site a session, too
+    if grace:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for site in sites:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            site.kill()
+    process.wait()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import Contract, EmbeddedHub
-from flip_observability.demo.job import Workflow, prepare_workspace, write_job
+from flip_observability.demo.job import Workflow, has_lost_a_site, kill_job, prepare_workspace, write_job
 from flip_observability.demo.scenarios import OUTAGE_DONE, OUTAGE_REQUEST, SCENARIOS, Scenario
 from flip_observability.demo.verdict import Archive, Evidence, inspect_archive, judge
 from flip_observability.demo.view import Glance, LedgerReader, Summary, View, is_over, summarise
@@ -178,32 +177,17 @@ def _run_job(demo: _Demo, view: View, reader: LedgerReader) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=job_environment(demo.variables()),
-            start_new_session=True,  # the simulator starts processes of its own: all of them end together
+            start_new_session=True,
         )
         try:
             _watch(demo, view, reader, process)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_job(process)
 
 
 def job_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without what could lead the demo to real hubs and buckets, and with ``variables``."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_FORGET)} | dict(variables)
-
-
-def has_lost_a_site(log: Path) -> bool:
-    """Whether NVFLARE's simulator could not start one of its sites: the federation would wait for it for ever.
-
-    It picks a free port for each site and uses it a moment later, when somebody else may have it; and it forks from a
-    process with many threads, which can kill the child at its birth. Both happen on busy machines.
-    """
-    try:
-        text = log.read_bytes()
-    except FileNotFoundError:
-        return False
-    return any(sign in text for sign in (b"Communication error with client", b"Subprocess died for client"))
 
 
 def _watch(demo: _Demo, view: View, reader: LedgerReader, process: subprocess.Popen[bytes]) -> None:

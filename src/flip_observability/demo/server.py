@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import itertools
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flip_observability.demo.job import prepare_workspace, write_job
+from flip_observability.demo.job import has_lost_a_site, kill_job, prepare_workspace, write_job
 from flip_observability.demo.scenarios import SCENARIOS, Scenario
 from flip_observability.results import Destination
 from flip_observability.settings import Settings, SettingsError
@@ -147,25 +146,19 @@ def _run(root: Path, scenario: Scenario, pace: float, stop: threading.Event) -> 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # the simulator starts processes of its own: all of them end together
+            start_new_session=True,
         )
-        deadline = time.monotonic() + _JOB_SECONDS
-        while process.poll() is None and not stop.is_set() and time.monotonic() < deadline:
+        deadline, lost_a_site = time.monotonic() + _JOB_SECONDS, False
+        while process.poll() is None and not stop.is_set() and not lost_a_site and time.monotonic() < deadline:
             (root / ALIVE).touch()
             stop.wait(0.5)
+            lost_a_site = has_lost_a_site(folder / "job.log")
         ended = process.poll() is not None
-        _end(process)
+        kill_job(process, _GRACE_SECONDS)  # a run that is cut off is what the observer is there for
     _log.info("model %s: the job %s", model_id, "has ended" if ended else "was stopped")
+    if lost_a_site:
+        _log.warning("model %s: NVFLARE's simulator could not start one of its sites", model_id)
     return 0 if ended and process.returncode == 0 else 1
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the job and what it has left behind. A run that is cut off is what the observer is there for."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
 
 
 def _wait(root: Path, stop: threading.Event, seconds: float) -> None:
