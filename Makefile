@@ -4,7 +4,7 @@ PYTHON ?= $(shell for v in 3.12 3.11 3.13 3.10; do p=$$(command -v python$$v) &&
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-WORKERS ?= 3
+WORKERS ?= 2
 ARGS ?=
 
 .PHONY: bench bench-quick bench-plots collector collector-if-possible stack stack-down dashboards drills picture help setup demo test lint fmt clean prometheus-tools

@@ -350,8 +350,10 @@ def classify(reply: Reply, row: OutboxRow) -> Verdict:
 
 WORKERS = 8
 """Calls made at once."""
-POLL_SECONDS = 2.0
-"""How often an idle dispatcher looks for rows of other processes. Of its own it is told, and their times it knows."""
+POLL_SECONDS = 0.5
+"""How often a dispatcher looks again, at least, while something waits."""
+IDLE_SECONDS = 2.0
+"""How often it looks for rows of other processes while nothing waits. Of its own process's it is told."""
 FIRST_BACKOFF = 0.5
 MIN_BACKOFF = 0.05
 MAX_PROBE_SECONDS = 15.0
@@ -452,7 +454,7 @@ class Dispatcher:
         self._next_expiry = 0.0
         self._inherited_at = float("-inf")
         self._last_look = 0.0
-        self._wake_at: float | None = None
+        self._pause = POLL_SECONDS
         self._quiet = _Quiet()
         self._stop: threading.Event | None = None
         self._thread: threading.Thread | None = None
@@ -559,15 +561,12 @@ class Dispatcher:
             taken = self._pump(None)
             with self._wake:
                 if not taken and not self._nudged and not stop.is_set():
-                    self._wake.wait(self._pause())
+                    self._wake.wait(self._pause)
                 self._nudged = False
-
-    def _pause(self) -> float:
-        return POLL_SECONDS if self._wake_at is None else min(POLL_SECONDS, max(0.01, self._wake_at - self._clock()))
 
     def _pump(self, now: float | None) -> int:
         """Take rows and begin to send them. Returns how many."""
-        self._wake_at = None  # where rows cannot be taken although it is time, nothing is gained by asking at once
+        self._pause = POLL_SECONDS  # where rows cannot be taken although it is time, nothing is gained by haste
         try:
             if not self._prepared:
                 self._prepare()
@@ -589,12 +588,13 @@ class Dispatcher:
             free, illness = WORKERS - self._in_flight, self._illness
         if illness is not None:
             if now < illness.probe_at:
-                self._wake_at = illness.probe_at
+                self._pause = min(POLL_SECONDS, max(0.01, illness.probe_at - now))
                 return [], True
             return (self._lease_probe(now) if free == WORKERS else []), True
         due = self._ledger.next_due() if free > 0 else None
         if due is None or due > now:
-            self._wake_at = due
+            if free > 0:
+                self._pause = IDLE_SECONDS if due is None else min(POLL_SECONDS, max(0.01, due - now))
             return [], False
         return self._ledger.lease(self._owner, now, LEASE_SECONDS, free), False
 
