@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -50,6 +51,24 @@ def _entry(figure: Figure) -> dict[str, Any]:
     }
 
 
+def _figures_in(output: Path) -> dict[str, Any]:
+    """What the file holds already. What cannot be written in the end is refused before anything is measured.
+
+    Raises:
+        typer.BadParameter: it cannot be written, or is no file of figures.
+    """
+    place = output if output.exists() else output.parent
+    if output.is_dir() or not os.access(place, os.W_OK):
+        raise typer.BadParameter(f"--output: {output} cannot be written; give a file in a folder that is there")
+    if not output.exists():
+        return {}
+    try:
+        figures: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))["figures"]
+    except (ValueError, KeyError, TypeError):
+        raise typer.BadParameter(f"--output: {output} holds no figures; remove it or give another file") from None
+    return figures
+
+
 def _table(figures: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="Benchmarks", title_justify="left")
     table.add_column("figure", overflow="fold")  # names that begin alike are not to be cut
@@ -75,9 +94,8 @@ def main(
     unknown = set(only or ()) - GROUPS.keys()
     if unknown:
         raise typer.BadParameter(f"there is no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
-    kept: dict[str, Any] = {}
-    if only and output.exists():
-        kept = json.loads(output.read_text(encoding="utf-8"))["figures"]
+    found = _figures_in(output)
+    kept = found if only else {}
     figures: dict[str, dict[str, Any]] = {}
     for name in only or GROUPS:
         begun = time.monotonic()

@@ -97,6 +97,21 @@ def test_a_missed_goal_is_exit_1_and_the_others_figures_stay(
     assert ("Missed: upload_speedup" in capsys.readouterr().out) is (code == 1)
 
 
+def test_what_could_not_be_written_in_the_end_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(effort: Effort) -> Iterable[Figure]:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(command, "GROUPS", {"uploads": measured})
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{")
+    for output, problem in ((tmp_path / "none" / "x.json", "written"), (tmp_path, "written"), (damaged, "no figures")):
+        with pytest.raises(typer.BadParameter, match=problem):
+            command.main(only=["uploads"], output=output)
+    assert damaged.read_text() == "{"
+
+
 def test_a_group_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="there is no group nothing"):
         command.main(only=["nothing"], output=tmp_path / "results.json")

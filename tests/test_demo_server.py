@@ -23,7 +23,7 @@ from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub, HubRecord
 from flip_observability.demo.job import kill_job
 from flip_observability.demo.scenarios import SCENARIOS
-from flip_observability.demo.server import ALIVE, STORIES, _forget_old_runs, _run
+from flip_observability.demo.server import ALIVE, STORIES, _forget_old_runs, _run, main
 from otel_collector import Collector
 from otlp_sink import OtlpSink, Received, check_trace, to_json
 from prometheus_tools import Prometheus
@@ -173,6 +173,22 @@ def test_stories_that_need_the_demos_own_hub_and_bucket_are_refused(tmp_path: Pa
     told = subprocess.run(command, env=clean({}), capture_output=True, text=True, timeout=60, check=False)
     assert told.returncode == 2
     assert "'hub-outage' is none of" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--pace", "-1"), ("--pace", "nan"), ("--every", "inf"), ("--every", "soon"), ("--keep", "-1")],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--folder", str(tmp_path / "demo"), option, value])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert option in said
+    assert value in said
+    assert not (tmp_path / "demo").exists()
 
 
 def test_a_bucket_that_is_not_to_be_had_ends_the_waiting(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import itertools
 import logging
+import math
 import shutil
 import signal
 import subprocess
@@ -76,11 +77,21 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"in turn, separated by commas: {', '.join(STORIES)} (default: success)",
     )
     parser.add_argument(
-        "--every", type=float, default=0.0, help="seconds between two runs; 0 for one run only (default)"
+        "--every", type=_at_least_zero, default=0.0, help="seconds between two runs; 0 for one run only (default)"
     )
-    parser.add_argument("--pace", type=float, default=2.0, help="seconds of a round (default: %(default)s)")
+    parser.add_argument("--pace", type=_at_least_zero, default=2.0, help="seconds of a round (default: %(default)s)")
     parser.add_argument("--keep", type=int, default=5, help="run folders that stay, the latest (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.keep < 0:
+        parser.error(f"argument --keep: {args.keep} is no number of folders")
+    return args
+
+
+def _at_least_zero(text: str) -> float:
+    seconds = float(text)
+    if not 0.0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
 
 
 def _scenarios(text: str) -> list[str]:
