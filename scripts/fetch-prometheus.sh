@@ -14,20 +14,40 @@ give_up() {
   exit 0
 }
 
-all_in() { # folders, as in PATH
+all_in() { # folders as in PATH, names that Alertmanager may have
   local PATH="$1" program
+  shift
   for program in prometheus promtool amtool; do
     type -P "$program" >/dev/null || return 1
   done
-  # Debian calls it by the longer name, its makers by the shorter.
-  type -P alertmanager >/dev/null || type -P prometheus-alertmanager >/dev/null
+  for program; do
+    type -P "$program" >/dev/null && return
+  done
+  return 1
 }
 
-if all_in "$PATH"; then
+# Debian's Alertmanager reads its templates from a folder whose path is compiled in, and that only an installed package has.
+# In the copy that path is the process' ninth open file, which is just as long; the program `alertmanager` opens the unpacked
+# folder as that and becomes the copy. It works for every user, in every container.
+make_movable() { # folder that the packages were unpacked into
+  local compiled_in=/usr/share/prometheus/alertmanager opened=/proc/self/fd/9
+  while ((${#opened} < ${#compiled_in})); do opened+=/; done
+  LC_ALL=C sed -i "s#$compiled_in#$opened#g" "$1/usr/bin/prometheus-alertmanager"
+  cat >"$1/usr/bin/alertmanager" <<'END'
+#!/bin/sh
+here=$(dirname "$(readlink -f "$0")")
+exec 9<"$here/../share/prometheus/alertmanager" || exit 1
+exec "$here/prometheus-alertmanager" "$@"
+END
+  chmod +x "$1/usr/bin/alertmanager"
+}
+
+# Debian calls it by the longer name, its makers by the shorter.
+if all_in "$PATH" alertmanager prometheus-alertmanager; then
   printf 'prometheus-tools: on the PATH (%s)\n' "$(type -P prometheus)"
   exit 0
 fi
-if all_in "$CACHE/usr/bin"; then
+if all_in "$CACHE/usr/bin" alertmanager; then
   printf 'prometheus-tools: in %s\n' "$CACHE"
   exit 0
 fi
@@ -51,8 +71,9 @@ fi
 for package in "$STAGE"/debs/*.deb; do
   dpkg-deb -x "$package" "$STAGE/root" || give_up "$(basename "$package") could not be unpacked"
 done
-all_in "$STAGE/root/usr/bin" || give_up "the packages ${PACKAGES[*]} hold other programs than expected"
+all_in "$STAGE/root/usr/bin" prometheus-alertmanager || give_up "the packages ${PACKAGES[*]} hold other programs than expected"
 "$STAGE/root/usr/bin/promtool" --version >/dev/null 2>&1 || give_up "the packages' programs do not run on this machine"
+make_movable "$STAGE/root" || give_up "Alertmanager could not be made to run from $CACHE"
 rm -rf "$CACHE" && mv -T "$STAGE/root" "$CACHE" || give_up "$CACHE could not be written"
 printf 'prometheus-tools: unpacked %s into %s (nothing was installed)\n' \
   "$(cd "$STAGE/debs" && printf '%s ' *.deb | sed 's/ $//')" "$CACHE"
