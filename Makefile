@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: bench bench-quick bench-plots collector collector-if-possible stack stack-down dashboards drills picture help setup demo test lint fmt clean prometheus-tools
+.PHONY: fresh bench bench-quick bench-plots collector collector-if-possible stack stack-down dashboards drills picture help setup demo test lint fmt clean prometheus-tools
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -28,6 +28,9 @@ demo: $(STAMP) ## a real federated run with an embedded hub and bucket (ARGS="--
 
 test: lint prometheus-tools collector-if-possible ## lint, types, all tests with branch coverage
 	"$(BIN)/python" -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
+
+fresh: ## README's two commands in a new container that has only Python, git and make (needs podman or docker)
+	@"$(PYTHON)" -m scripts.fresh $(ARGS)
 
 prometheus-tools: ## Prometheus and Alertmanager for the tests, unpacked into ~/.cache (Debian, Ubuntu)
 	@scripts/fetch-prometheus.sh

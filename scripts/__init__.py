@@ -1,0 +1,1 @@
+"""What the make targets do that is more than a line of a Makefile."""
