@@ -8,26 +8,43 @@
 #   s3         a small S3 service on a folder, for the demo
 #
 #   docker build --target exporter --tag flip-observability/exporter .
+#   docker build --build-arg PYTHON_IMAGE=python:3.12-slim@sha256:... --target exporter .
 #
 # None runs as root: user and group are 10001, and all that is written lies in /data, /ledger or /workspace.
 
-FROM python:3.12.11-slim-bookworm AS base
+# What the images stand on. `make digests` looks up the digests of these, where their registry can be reached.
+ARG PYTHON_IMAGE=python:3.12.11-slim-bookworm
+ARG GO_IMAGE=golang:1.26.8
+ARG BUSYBOX_IMAGE=busybox:1.37.0
+
+FROM ${PYTHON_IMAGE} AS base
 ENV PATH=/opt/flip/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1
+    PYTHONDONTWRITEBYTECODE=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# -- Python packages, in a virtual environment that the images copy ----------------------------------------------------
+# -- Python packages, in a virtual environment that the images copy: those of the locks, nothing else --------------------
+
+FROM base AS wheel
+WORKDIR /src
+COPY requirements/build.txt requirements/build.txt
+RUN pip install --require-hashes --requirement requirements/build.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY src src
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheel .
 
 FROM base AS build
 RUN python -m venv /opt/flip
-WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
-COPY src src
-RUN pip install --no-cache-dir --disable-pip-version-check . \
+COPY requirements/run.txt /requirements/run.txt
+RUN pip install --require-hashes --requirement /requirements/run.txt
+COPY --from=wheel /wheel /wheel
+RUN pip install --no-deps /wheel/*.whl \
     && python -m compileall -q /opt/flip/lib
 
 FROM build AS build-demo
-RUN pip install --no-cache-dir --disable-pip-version-check '.[demo]' \
+COPY requirements/demo.txt /requirements/demo.txt
+RUN pip install --require-hashes --requirement /requirements/demo.txt \
     && python -m compileall -q /opt/flip/lib
 
 FROM base AS runtime
@@ -66,7 +83,7 @@ CMD ["python", "-m", "flip_observability.demo.server", "--folder", "/data/demo",
 
 # -- images of programs in Go, built from their modules ----------------------------------------------------------------
 
-FROM golang:1.26.8 AS build-go
+FROM ${GO_IMAGE} AS build-go
 ENV CGO_ENABLED=0
 
 FROM build-go AS build-collector
@@ -81,7 +98,7 @@ FROM build-go AS build-s3
 RUN go install github.com/versity/versitygw/cmd/versitygw@v1.8.0
 
 # busybox has what a health check needs, and little else.
-FROM busybox:1.37.0 AS small
+FROM ${BUSYBOX_IMAGE} AS small
 RUN install -d -o 10001 -g 10001 -m 0700 /data
 COPY --from=build-go /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 USER 10001:10001

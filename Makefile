@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 ARGS ?=
+# 1: the versions of requirements/dev.txt, by their hashes. 0: the newest that pyproject.toml allows.
+LOCKED ?= 1
 
 .PHONY: fresh bench bench-quick bench-plots collector collector-if-possible stack stack-down dashboards drills picture help setup demo test lint fmt clean prometheus-tools
 .DEFAULT_GOAL := help
@@ -13,12 +15,17 @@ ARGS ?=
 help: ## this list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements/dev.txt
 	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "flip-observability needs Python 3.10 to 3.13 (with venv); found: '$(PYTHON)'. Set PYTHON=/path/to/python3.x"; exit 1; }
 	"$(PYTHON)" -m venv "$(VENV)"
+ifeq ($(LOCKED),1)
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+else
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+endif
 	@touch "$@"
 
 setup: $(STAMP) ## virtual environment with everything installed
@@ -79,3 +86,28 @@ bench-plots: $(STAMP) ## draw docs/performance-*.svg from benchmarks/results.jso
 clean: ## remove the virtual environment and what tools left
 	rm -rf "$(VENV)" .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.* htmlcov dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- what goes in and what comes out: docs/supply-chain.md --------------------------------------------------------------
+
+TOOLS := $(VENV)/tools
+.PHONY: lock lock-check audit digests dist
+
+$(TOOLS)/.installed: requirements/release.txt
+	"$(PYTHON)" -m venv "$(TOOLS)"
+	"$(TOOLS)/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/release.txt
+	@touch "$@"
+
+lock: $(TOOLS)/.installed ## write requirements/*.txt from pyproject.toml (ARGS="--upgrade" for the newest)
+	@UV="$(TOOLS)/bin/uv" scripts/lock.sh $(ARGS)
+
+lock-check: $(STAMP) ## whether requirements/*.txt hold all of pyproject.toml, with hashes
+	"$(BIN)/python" -m pytest -q tests/test_locks.py
+
+audit: $(TOOLS)/.installed ## known vulnerabilities of what is installed and built (needs the network, and Go)
+	@PIP_AUDIT="$(TOOLS)/bin/pip-audit" "$(TOOLS)/bin/python" scripts/audit.py $(ARGS)
+
+digests: ## the digests of the images that are pulled (needs the network; ARGS=--write pins them)
+	@"$(PYTHON)" scripts/digests.py $(ARGS)
+
+dist: $(TOOLS)/.installed ## wheel, source archive and bill of materials, in dist/
+	@PATH="$(abspath $(TOOLS))/bin:$$PATH" scripts/dist.sh

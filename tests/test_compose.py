@@ -17,6 +17,7 @@ import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
 from filelock import FileLock
+from scripts import digests
 
 from flip_observability.demo import hub, server
 from flip_observability.settings import Settings
@@ -32,7 +33,9 @@ OURS = "flip-observability/"
 
 
 def compose() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())
+    """The compose file, with the images' variables at their defaults."""
+    text = re.sub(r"\$\{\w+_IMAGE:-([^}]+)\}", r"\1", COMPOSE.read_text())
+    loaded: dict[str, Any] = yaml.safe_load(text)
     return loaded
 
 
@@ -40,9 +43,14 @@ SERVICES: dict[str, dict[str, Any]] = compose()["services"]
 
 
 def parse_dockerfile(text: str) -> list[dict[str, Any]]:
-    """The instructions of a Dockerfile: ``instruction`` and ``value``, without comments."""
+    """The instructions of a Dockerfile: ``instruction`` and ``value``, without comments, build arguments filled in."""
     parser = DockerfileParser(fileobj=io.BytesIO(text.encode()))  # type: ignore[arg-type]  # it takes bytes, too
-    return [dict(item) for item in parser.structure if item["instruction"] != "COMMENT"]
+    items: list[dict[str, Any]] = [dict(item) for item in parser.structure if item["instruction"] != "COMMENT"]
+    defaults = dict(item["value"].split("=", 1) for item in items if item["instruction"] == "ARG")
+    for item in items:
+        if item["instruction"] == "FROM":
+            item["value"] = re.sub(r"\$\{(\w+)\}", lambda found: defaults[found[1]], item["value"])
+    return [item for item in items if item["instruction"] != "ARG"]
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
@@ -305,6 +313,14 @@ def test_every_target_of_the_compose_file_is_a_stage_and_has_its_image_name() ->
             assert service["image"] == f"{OURS}{service['build']['target']}:{version}"
 
 
+def test_every_image_is_named_in_one_place_and_can_be_another() -> None:
+    pulled = {service["image"] for service in SERVICES.values() if "build" not in service}
+    for file, images in ((DOCKERFILE, dockerfile_images()), (COMPOSE, pulled)):
+        text = file.read_text()
+        assert {found["image"] for found in digests.NAMED.finditer(text)} == images
+        assert all(text.count(image) == 1 for image in images)
+
+
 def test_base_images_are_pinned() -> None:
     assert {image.partition(":")[0] for image in dockerfile_images()} == {"python", "golang", "busybox"}
     assert all(re.fullmatch(r"[a-z]+:\d+\.\d+\.\d+(-[a-z-]+)?", image) for image in dockerfile_images())
@@ -333,7 +349,7 @@ def test_compose_asks_for_health_as_the_image_does(target: str) -> None:
 
 def test_what_is_copied_exists_and_is_not_ignored() -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    needed = {"README.md", "LICENSE", "pyproject.toml", "src"}
+    needed = {"README.md", "LICENSE", "pyproject.toml", "src", "requirements/run.txt"}
     copied: set[str] = set()
     for item in parse_dockerfile(DOCKERFILE.read_text()):
         if item["instruction"] != "COPY":

@@ -1,0 +1,1 @@
+"""What reads hostile input, fed with hostile input."""
