@@ -30,6 +30,7 @@ from flip_observability.hub import Dispatcher
 from flip_observability.ledger import (
     FILE_NAME,
     OBSERVER_SECONDS,
+    SILENT_OBSERVER_SECONDS,
     Entry,
     Ledger,
     LedgerCorruptError,
@@ -45,7 +46,7 @@ from flip_observability.recorder import RunIdentity, RunRecorder
 from flip_observability.settings import Settings
 from flip_observability.spool import Spool
 from history import Run
-from waiting import wait_for
+from waiting import process_of, wait_for
 
 MODEL = "3f0f3fbc-9d5b-4a3a-8f5e-0d8a5d1c7e11"
 LOOPS = {"heartbeat", "fold", "dispatcher", "upkeep"}
@@ -458,10 +459,11 @@ def test_who_observes_a_ledger(folder: Path) -> None:
         assert ledger.claim_observer(mine, 1_000)
         assert ledger.claim_observer(mine, 2_000)
         assert ledger.observer_heartbeat() == (mine, 2_000)
-        assert not ledger.claim_observer(theirs, 9_000)  # however old its heartbeat: the process can be seen to live
-        assert ledger.live_observer(9_000) == mine
+        assert not ledger.claim_observer(theirs, 2_599)  # longer than of one that is not seen: the process lives
+        assert ledger.live_observer(2_599) == mine
         ledger.release_observer(theirs)
-        assert ledger.live_observer(9_000) == mine
+        assert ledger.live_observer(2_599) == mine
+        assert ledger.live_observer(2_601) is None  # it is stopped, or was never an observer
         ledger.release_observer(mine)
         assert ledger.claim_observer(dead, 3_000)
         assert ledger.live_observer(3_000) is None
@@ -471,6 +473,25 @@ def test_who_observes_a_ledger(folder: Path) -> None:
         ledger.release_observer(mine)
         assert ledger.claim_observer(unseen, 9_000)
         assert ledger.claim_observer(mine, 3_000)  # the clock was set back: a heartbeat from the future says nothing
+
+
+def test_a_process_that_is_no_observer_is_not_waited_for(folder: Path) -> None:
+    here = current_process()
+    with subprocess.Popen(["sleep", "60"]) as child, Ledger(folder) as ledger:
+        wait_for(lambda: os.readlink(f"/proc/{child.pid}/exe").endswith(("sleep", "coreutils", "busybox")))
+        try:
+            # A container's first process may be an observer; a shell's command is none.
+            for hostile, seconds in (
+                (process_of(1), SILENT_OBSERVER_SECONDS),
+                (process_of(child.pid), OBSERVER_SECONDS),
+            ):
+                now = 10_000.0 * seconds
+                assert ledger.claim_observer(f"{hostile.token()}|x", now)
+                assert not ledger.claim_observer(f"{here.token()}|a", now + OBSERVER_SECONDS - 1)
+                assert ledger.claim_observer(f"{here.token()}|a", now + seconds + 1)
+                ledger.release_observer(f"{here.token()}|a")
+        finally:
+            child.kill()
 
 
 def test_two_claims_at_once(folder: Path) -> None:

@@ -24,6 +24,7 @@ from flip_observability import process
 from flip_observability.constants import FlareEvents, FlipEvents, OwnEvents
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.ending import SALVAGE
+from flip_observability.errors import drain
 from flip_observability.ledger import FILE_NAME, Entry, Ledger, OutboxItem
 from flip_observability.lifecycle import Event
 from flip_observability.process import ProcessIdentity, current_process
@@ -35,6 +36,7 @@ from history import Run
 from otlp_sink import OtlpSink
 from poc import wait_until
 from s3_faults import Fault, FaultProxy, error
+from waiting import process_of
 
 
 class Parent:
@@ -250,6 +252,50 @@ def test_of_a_process_that_cannot_be_seen_the_heartbeat_tells(site: Site, parent
     site.parent.busy.clear()
     sentinel.sweep()
     assert site.final(run) == "ERROR"
+
+
+@pytest.mark.parametrize("named", ["first", "observer", "parent"])
+def test_a_row_that_names_a_process_of_no_job_ends_by_its_silence(site: Site, named: str) -> None:
+    identity = {"first": process_of(1), "observer": current_process(), "parent": process_of(os.getppid())}[named]
+    run = site.begin(identity)
+    sentinel = site.sentinel(parent=False)
+    for seconds, heartbeat in ((0.0, 1.0), (110.0, 2.0), (220.0, 2.0)):  # it is heard: a container's first process, say
+        site.time = seconds
+        site.set(run, heartbeat=heartbeat)
+        sentinel.sweep()
+        assert site.final(run) is None
+    site.time = 240.0
+    sentinel.sweep()
+    assert site.final(run) == "ERROR"
+
+
+@pytest.mark.parametrize("hidden", [("_stat", None), ("_boot_id", ""), ("_pid_name_space", "")], ids=lambda h: h[0])
+def test_a_live_run_is_not_ended_because_its_process_cannot_be_looked_at(
+    site: Site, hidden: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = site.begin(site.start())
+    sentinel = site.sentinel(parent=False)
+    monkeypatch.setattr(process, hidden[0], lambda *_: hidden[1])
+    for number in range(5):
+        site.time = 100.0 * number
+        site.set(run, heartbeat=float(number))
+        sentinel.sweep()
+        assert site.final(run) is None
+
+
+def test_a_person_is_told_once_of_a_process_that_lives_and_is_silent(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = site.begin(site.start())
+    sentinel = site.sentinel(parent=False)
+    counts = []
+    for seconds in (0.0, 590.0, 610.0, 900.0, 10_000.0):
+        site.time = seconds
+        sentinel.sweep()
+        counts.append(drain().get("sentinel", 0))
+    assert counts == [0, 0, 1, 0, 0]
+    assert f"of run {run.run_id} lives and was not heard for 10 min" in caplog.text
+    assert site.final(run) is None
 
 
 def test_the_server_is_given_a_moment_to_say_how_the_job_ended(site: Site) -> None:

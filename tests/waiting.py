@@ -10,6 +10,9 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+from flip_observability import process
+from flip_observability.process import ProcessIdentity, current_process
+
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30.0, what: str = "it", every: float = 0.05) -> Any:
     """Wait until ``condition`` gives something that is true, and return it.
@@ -40,3 +43,11 @@ def get(url: str, context: ssl.SSLContext | None = None) -> tuple[int, str]:
             return error.code, error.read().decode()
     except OSError as error:
         return 0, type(error).__name__
+
+
+def process_of(pid: int) -> ProcessIdentity:
+    """The identity of another process of this machine, as the kernel has it."""
+    ticks = process._start_ticks(pid)
+    assert ticks is not None
+    here = current_process()
+    return ProcessIdentity(here.boot_id, here.pid_ns, pid, ticks)

@@ -42,6 +42,9 @@ FL_THREAD_WAL_PAGES = 20_000
 """The same for a thread of NVFLARE: others do it long before, unless there is nobody else."""
 OBSERVER_SECONDS = 30.0
 """An observer that cannot be seen from here lives as long as its heartbeat is not older than this."""
+SILENT_OBSERVER_SECONDS = 600.0
+"""An observer that can be seen to run and has said nothing for so long is followed by another one: it is stopped, or no
+observer at all. Should it wake up, it finds at its next heartbeat that the ledger is somebody else's."""
 JUDGE = "|judge"
 """The end of the token of an observer that the server's parent process tells how jobs end."""
 BATCH = 1_000
@@ -718,7 +721,8 @@ class Ledger:
     def live_observer(self, now: float) -> str | None:
         """The token of the observer that has this ledger and lives; None when there is none.
 
-        A process that can be seen from here is looked at. Of others the heartbeat tells: :data:`OBSERVER_SECONDS`.
+        A process that can be seen from here is looked at, and lives for :data:`SILENT_OBSERVER_SECONDS` after it was
+        last heard. Of what cannot be seen, or can be no observer, the heartbeat alone tells: :data:`OBSERVER_SECONDS`.
 
         Args:
             now: epoch seconds.
@@ -1021,9 +1025,11 @@ def _heartbeat(rows: list[sqlite3.Row]) -> tuple[str, float] | None:
 
 def _lives(heartbeat: tuple[str, float], now: float) -> bool:
     process = ProcessIdentity.from_token(heartbeat[0])
-    alive = process.is_alive() if process is not None else None
+    alive = process.is_alive_as_observer() if process is not None else None
+    if alive is False:
+        return False
     # A clock that was set: a heartbeat from the future says as little as an old one.
-    return abs(now - heartbeat[1]) < OBSERVER_SECONDS if alive is None else alive
+    return abs(now - heartbeat[1]) < (SILENT_OBSERVER_SECONDS if alive else OBSERVER_SECONDS)
 
 
 def _cursor(rows: list[sqlite3.Row]) -> int:

@@ -401,7 +401,7 @@ def _who_has_it(heartbeat: tuple[str, float] | None, now: float) -> str:
         return "another observer had it a moment ago"
     process = ProcessIdentity.from_token(heartbeat[0])
     who = f"process {process.pid}" if process is not None else "another process"
-    elsewhere = " in another container" if process is not None and process.is_alive() is None else ""
+    elsewhere = " that cannot be seen" if process is not None and process.is_alive_as_observer() is None else ""
     return f"{who}{elsewhere} has it, last heard {max(0.0, now - heartbeat[1]):.0f} s ago"
 
 

@@ -257,5 +257,5 @@ def _give_back(ledger: Ledger, run_id: str) -> None:
 def _is_gone(run: dict[str, Any], now: float) -> bool:
     if run["boot_id"] is None:
         return True  # it never had one
-    alive = ProcessIdentity(run["boot_id"], run["pid_ns"], run["pid"], run["start_ticks"]).is_alive()
+    alive = ProcessIdentity(run["boot_id"], run["pid_ns"], run["pid"], run["start_ticks"]).is_alive_as_job()
     return now - (run["heartbeat"] or 0.0) > GONE_SECONDS if alive is None else not alive

@@ -63,7 +63,8 @@ class Patience:
     """Seconds that the sentinel waits before it believes something.
 
     Args:
-        heartbeat: of a process that cannot be seen from here, unchanged.
+        heartbeat: of a process that cannot be seen from here, or can be no job's, unchanged.
+        silence: of a process that is seen to live, until a person is asked to look at it.
         parent: for a server that still works on a job whose process is gone.
         start: for the process of a job that the server says is running.
         vanished: for a job that was registered, until the server knows it.
@@ -71,6 +72,7 @@ class Patience:
     """
 
     heartbeat: float = 120.0
+    silence: float = 600.0
     parent: float = 120.0
     start: float = 120.0
     vanished: float = 60.0
@@ -199,19 +201,32 @@ class Sentinel:
 
     def _is_gone(self, run: Mapping[str, Any], watch: _Watch) -> bool:
         """Whether the run's process is certainly no more. One that is stopped, or starved, lives."""
-        alive = ProcessIdentity(run["boot_id"], run["pid_ns"], run["pid"], run["start_ticks"]).is_alive()
+        alive = ProcessIdentity(run["boot_id"], run["pid_ns"], run["pid"], run["start_ticks"]).is_alive_as_job()
+        silent = watch.silent_for(run["heartbeat"], self._monotonic())
         if alive:
             watch.seen_alive = self._clock()
+            self._complain_of_silence(run, watch, silent)
             return False
         if alive is None:
-            if watch.heartbeat is None or watch.heartbeat[0] != run["heartbeat"]:
-                watch.heartbeat = run["heartbeat"], self._monotonic()
-            if self._monotonic() - watch.heartbeat[1] < self._patience.heartbeat:
+            if silent < self._patience.heartbeat:
                 return False
             return self._parent is None or not self._parent.is_busy_with(run["job_id"])
         if watch.seen_gone is None:
             watch.seen_gone = self._clock()
         return True
+
+    def _complain_of_silence(self, run: Mapping[str, Any], watch: _Watch, silent: float) -> None:
+        """Have a person look at a run whose process lives and says nothing. It is not ended: it may only be stopped."""
+        if silent < self._patience.silence:
+            watch.silence_told = False
+        elif not watch.silence_told:
+            watch.silence_told = True
+            report(
+                "sentinel",
+                "SilentRun",
+                f"process {run['pid']} of run {run['run_id']} lives and was not heard for {silent / 60:.0f} min. "
+                "Where it is stopped, or is no run's process, end it or the job, or finalize the run",
+            )
 
     def _parent_is_at_it(self, run: Mapping[str, Any], watch: _Watch) -> bool:
         """Whether the server is about to say how the job ended: a moment after the process, and never for long."""
@@ -324,10 +339,17 @@ class _Watch:
     def __init__(self) -> None:
         self.failures = 0
         self.not_before = 0.0
-        self.heartbeat: tuple[Any, float] | None = None
+        self.silence_told = False
+        self._heartbeat: tuple[Any, float] | None = None
         self.seen_alive: float | None = None
         self.seen_gone: float | None = None
         self._since: dict[str, float] = {}
+
+    def silent_for(self, heartbeat: Any, now: float) -> float:
+        """For how long the run's heartbeat has been the same, as far as this sentinel has seen (seconds)."""
+        if self._heartbeat is None or self._heartbeat[0] != heartbeat:
+            self._heartbeat = heartbeat, now
+        return now - self._heartbeat[1]
 
     def since(self, what: str, now: float) -> float:
         """Since when something has been so (monotonic seconds)."""

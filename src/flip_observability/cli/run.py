@@ -122,7 +122,7 @@ def _show(ledger: Ledger, row: Mapping[str, Any], wanted: ModelStatus) -> None:
 def _lives(row: Mapping[str, Any]) -> bool:
     if row["boot_id"] is None:
         return False
-    alive = ProcessIdentity(row["boot_id"], row["pid_ns"], row["pid"], row["start_ticks"]).is_alive()
+    alive = ProcessIdentity(row["boot_id"], row["pid_ns"], row["pid"], row["start_ticks"]).is_alive_as_job()
     return time.time() - (row["heartbeat"] or 0.0) < HEARTBEAT_SECONDS if alive is None else alive
 
 
