@@ -20,9 +20,10 @@ from flip_observability.cli import main
 from flip_observability.constants import FlareEvents, FlipEvents
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
-from flip_observability.ledger import FILE_NAME, SCHEMA_VERSION, Ledger
+from flip_observability.ledger import FILE_NAME, SCHEMA_VERSION, Entry, Ledger
 from history import Run
 
+MODEL_ID = "3a0b3f4e-0f1c-4c8b-9d2e-5b7a6c1d2e3f"
 EVIL = "[bold red]x[/] \x1b]0;title\x07\x1b[2J\u202e\x9b31m"
 
 
@@ -231,6 +232,34 @@ def test_the_shell_completes_runs(ledger: Ledger, shell: str) -> None:
     assert wanted in result.stdout
     assert runs[1].run_id not in result.stdout
     assert result.stderr == ""
+
+
+HOSTILE_IDS = ("$(touch pwned)", "`touch pwned`", "; touch pwned #", "--help", 'a"b', "a:b", EVIL, MODEL_ID.upper())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_is_offered_nothing_but_uuids(ledger: Ledger, shell: str) -> None:
+    for hostile in HOSTILE_IDS:
+        trained(ledger, run_id=hostile)
+    run = trained(ledger, model_id="$(touch pwned)")
+    ledger.append(Entry(run.run_id, 1.0, run={"status": "`touch pwned`"}))
+    variables = {
+        "bash": {"COMP_WORDS": "flip-obs show ", "COMP_CWORD": "2"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "flip-obs show "},
+        "fish": {"_TYPER_COMPLETE_ARGS": "flip-obs show ", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    offered = in_a_process(**variables, _FLIP_OBS_COMPLETE=f"complete_{shell}").stdout
+    assert run.run_id in offered
+    assert "touch" not in offered
+    assert not [hostile for hostile in HOSTILE_IDS if hostile in offered]
+
+
+def test_a_hostile_run_id_is_shown_cleaned(flip_obs: FlipObs, ledger: Ledger) -> None:
+    trained(ledger, run_id=EVIL)
+    for arguments in (("runs",), ("show", EVIL[:5])):
+        text = flip_obs(*arguments).out
+        assert "\\x1b" in text
+        assert not [c for c in text if not (c.isprintable() or c == "\n")]
 
 
 def test_completion_without_a_ledger_is_silent() -> None:

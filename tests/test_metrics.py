@@ -36,6 +36,7 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PROMETHEUS = f"{OPENMETRICS},application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 CLASSIC = "text/plain;version=0.0.4"
 NOW = 1_800_000_000.0
+MODEL_ID = str(uuid.UUID(int=7))
 DAY = 86_400.0
 NET = Settings(NET_ID="net-1")
 
@@ -406,6 +407,17 @@ def test_hostile_names_cannot_break_the_page(text: str, ledger: Ledger) -> None:
     assert all(len(label) <= 96 and label.isprintable() and label for s in found for label in s.labels.values())
     assert page(collector_of(ledger)).count("# EOF\n") == 1
     list(parser.text_string_to_metric_families(page(collector_of(ledger), CLASSIC)))
+
+
+def test_a_run_id_is_harmless_where_an_alert_puts_it_into_a_command(ledger: Ledger) -> None:
+    hostile = ["$(touch pwned)", "`touch pwned`", "; touch pwned", "| touch pwned", "--help", "~root", "a b", "é"]
+    for run_id in (*hostile, MODEL_ID, "simulate_job"):
+        Run(ledger, run_id=run_id, model_id=run_id, begin=NOW - 100).train({"site-1": 2.0})
+    found = samples(collector_of(ledger))
+    shown = {s.labels[name] for s in found for name in ("run_id", "model_id") if name in s.labels}
+    assert {MODEL_ID, "simulate_job"} < shown
+    assert len(shown) == len(hostile) + 2
+    assert all(re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.~-]*", label) for label in shown)
 
 
 @given(st.text(st.characters(exclude_categories=()), max_size=300))

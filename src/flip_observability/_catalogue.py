@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -23,6 +24,7 @@ OTHER = "other"
 UNKNOWN = "unknown"
 """The label value where nothing was given."""
 MAX_LABEL_CHARS = 96
+_NO_PART_OF_AN_ID = re.compile(r"^[-~]|[^A-Za-z0-9_.~-]")
 
 EVENT_FACT = "event"
 """The one fact that is not stored: every event counts as one of these."""
@@ -119,6 +121,18 @@ def clean_label(value: object) -> str:
     if not text.isprintable():
         text = "".join(char if char.isprintable() else "_" for char in text)
     return text.strip() or UNKNOWN
+
+
+def clean_id(value: object) -> str:
+    """The id of a run or model as a label: alerts put it into commands that a person pastes into a shell.
+
+    What no id of ours can hold is replaced, and a hash keeps two such ids apart.
+    """
+    text = clean_label(value)
+    harmless = _NO_PART_OF_AN_ID.sub("_", text)
+    if harmless == text:
+        return text
+    return f"{harmless[: MAX_LABEL_CHARS - 9]}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _per_run(name: str, help_: str, *labels: Label, example: str) -> Metric:

@@ -20,7 +20,7 @@ from prometheus_client.samples import Exemplar as PromExemplar
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from flip_observability._catalogue import BY_NAME, CATALOGUE, EVENT_FACT, PROBLEMS, Metric, clean_label
+from flip_observability._catalogue import BY_NAME, CATALOGUE, EVENT_FACT, PROBLEMS, Metric, clean_id, clean_label
 from flip_observability._fold import Exemplar, LiveLedger, MetricsFold, Series, SeriesKey, load_series, series_of
 from flip_observability._page import Renderer
 from flip_observability.constants import ModelStatus
@@ -126,7 +126,7 @@ class FlipCollector(Collector):
         """A run in samples: those of the last page while its row is the same, which that of a finished run stays."""
         if last is not None and last[0] == run:
             return last
-        identity = (clean_label(run["run_id"]), clean_label(run["model_id"]))
+        identity = (clean_id(run["run_id"]), clean_id(run["model_id"]))
         # The run's own net: it stays what it was when the server is given another one, and no alert fires again.
         net_id = clean_label(run["net_id"]) if run["net_id"] else self._net_id
         samples = [

@@ -17,9 +17,10 @@ from typing import Any
 from flip_observability.constants import NO_HUB, FlareEvents, ModelStatus, OwnEvents
 from flip_observability.ledger import OutboxRow
 from flip_observability.lifecycle import CLIENT_TASK, RESULTS_UPLOAD, ROUND, Effects, Event, RunState, Span
+from flip_observability.utils import safe_text
 
-MAX_TEXT = 200
-"""Characters shown of one text from a run: a 10 kB client name must not fill the screen."""
+safe = safe_text
+"""Every text from a run goes through this before it is shown."""
 
 OPEN, CUT_OFF, DONE, FAILED, LATE = "open", "cut off", "done", "failed", "late"
 
@@ -468,14 +469,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no NaN
     return value
-
-
-def safe(value: object, limit: int = MAX_TEXT) -> str:
-    """A text from a run, so that a terminal cannot be made to obey it: one line, no control characters, bounded."""
-    text = str(value)
-    if len(text) > limit:
-        text = text[: limit - 1] + "…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
 def local_time(when: datetime | None) -> str:

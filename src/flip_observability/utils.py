@@ -1,9 +1,25 @@
-"""What is a model id, and what is its one canonical spelling."""
+"""What is a model id and its one canonical spelling, and how a text from outside can be shown."""
 
 from __future__ import annotations
 
 import uuid
 from typing import Any
+
+MAX_TEXT = 200
+"""Characters shown of one text from outside: a 10 kB client name must not fill a screen or a log."""
+
+
+def safe_text(value: object, limit: int = MAX_TEXT) -> str:
+    """A text from outside, for a terminal or a log: one line, nothing that either would obey, bounded.
+
+    Args:
+        value: anything; its text is what counts.
+        limit: characters of it that are kept. What is no printable character is spelled out, so it can become longer.
+    """
+    text = str(value)
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
 def canonical_uuid(value: Any) -> str | None:
@@ -24,6 +40,11 @@ def canonical_uuid(value: Any) -> str | None:
 def is_valid_uuid(value: Any) -> bool:
     """Say whether :func:`canonical_uuid` has an answer for this value."""
     return canonical_uuid(value) is not None
+
+
+def is_canonical_uuid(value: Any) -> bool:
+    """Say whether a value is a text in the one spelling that :func:`canonical_uuid` gives, and so safe to paste."""
+    return isinstance(value, str) and canonical_uuid(value) == value
 
 
 def is_string_empty(value: Any) -> bool:

@@ -12,12 +12,14 @@ import typer
 from rich.console import Console, RenderableType
 
 from flip_observability import report, tables
+from flip_observability.constants import ModelStatus
 from flip_observability.ledger import FILE_NAME, Ledger, LedgerError, OutboxRow
 from flip_observability.settings import LEDGER_FOLDER
-from flip_observability.utils import canonical_uuid
+from flip_observability.utils import canonical_uuid, is_canonical_uuid
 
 PROGRAM = "flip-obs"
 DIRECTORY_VARIABLE = "FLIP_OBSERVABILITY_DIR"
+MAX_COMPLETIONS = 50
 PIPE_WIDTH = 240
 """Columns when the output goes to no terminal: what reads it wants whole ids."""
 
@@ -99,15 +101,22 @@ def statuses_of(ledger: Ledger, run: dict[str, Any]) -> list[OutboxRow]:
 
 
 def complete_run(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """For shell completion of :data:`RunArgument`."""
+    """For shell completion of :data:`RunArgument`.
+
+    Shells evaluate what they are offered, and a job's code can write anything into the ledger: nothing but UUIDs and
+    words of our own gets there.
+    """
     try:
         with open_ledger(ctx) as ledger:
-            runs = ledger.find_runs(incomplete.strip(), limit=50)
+            runs = ledger.find_runs(incomplete.strip(), limit=MAX_COMPLETIONS)
     except (CommandError, LedgerError, OSError):
         return []  # a shell that completes has nobody to complain to
-    return [
-        (run["run_id"], f"{run['status'] or 'registered'}, model {report.safe(run['model_id'], 64)}") for run in runs
-    ]
+    return [(run["run_id"], _described(run)) for run in runs if is_canonical_uuid(run["run_id"])]
+
+
+def _described(run: dict[str, Any]) -> str:
+    status = run["status"] if run["status"] in set(ModelStatus) else "registered"
+    return f"{status} model {run['model_id']}" if is_canonical_uuid(run["model_id"]) else str(status)
 
 
 RunArgument = Annotated[
