@@ -296,6 +296,15 @@ def test_hubs_that_are_not_well(monkeypatch: pytest.MonkeyPatch, answer: bytes, 
     assert KEY not in repr(finding)
 
 
+def test_a_key_that_would_cross_a_network_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch, FLIP_API_INTERNAL_URL="http://flip-api.invalid:8000/api")
+    finding = check("hub")
+    assert (finding.level, "unencrypted" in finding.text) == (Level.FAIL, True)
+    assert "FLIP_HUB_TRUSTED_NETWORK" in finding.todo
+    monkeypatch.setenv("FLIP_HUB_TRUSTED_NETWORK", "true")
+    assert "cannot be reached" in check("hub").text
+
+
 def test_a_hub_that_is_not_there_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch, FLIP_API_INTERNAL_URL=f"http://127.0.0.1:{free_port()}/api")
     assert "ConnectionError" in check("hub").text

@@ -59,6 +59,19 @@ def test_a_base_url_with_and_without_slash(slash: str) -> None:
         assert hub.records[0].headers["user-agent"] == "flip-observability"
 
 
+def test_a_key_that_goes_out_unencrypted_is_warned_of_once_and_sent(caplog: pytest.LogCaptureFixture) -> None:
+    def told(**more: object) -> int:
+        caplog.clear()
+        for _ in range(3):
+            HubTransport(settings("http://flip-api.invalid:8000/api", **more)).close()  # type: ignore[arg-type]
+        return caplog.text.count("http://flip-api.invalid:8000/api unencrypted")
+
+    assert told(FLIP_HUB_TRUSTED_NETWORK=True) == 0
+    assert told() == 1
+    assert told() == 0
+    assert HubTransport(settings("http://flip-api.invalid:8000/api")).send(row()).error == "ConnectionError"
+
+
 def test_one_connection_serves_many_calls() -> None:
     with FaultServer(lambda connection, _: connection.sendall(OK)) as server:
         transport = HubTransport(settings(server.url))

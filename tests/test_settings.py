@@ -40,6 +40,18 @@ def test_the_base_url_may_end_in_a_slash(monkeypatch: pytest.MonkeyPatch, url: s
         ("FLIP_API_INTERNAL_URL", "http://hub.example/?a=b"),
         ("INTERNAL_SERVICE_KEY_HEADER", "X Key"),
         ("INTERNAL_SERVICE_KEY_HEADER", ""),
+        ("INTERNAL_SERVICE_KEY_HEADER", "X-Key\r\nX-Other"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "X-Kéy"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "X-Key:"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "X" * 129),
+        ("INTERNAL_SERVICE_KEY_HEADER", "Host"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "content-length"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "Transfer-Encoding"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "CONNECTION"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "Content-Type"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "Cookie"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "User-Agent"),
+        ("INTERNAL_SERVICE_KEY_HEADER", "traceparent"),
         ("INTERNAL_SERVICE_KEY", "hunter2\nX-Other: 1"),
         ("INTERNAL_SERVICE_KEY", " hunter2"),
         ("UPLOADED_FEDERATED_DATA_BUCKET", "s3://"),
@@ -78,3 +90,33 @@ def test_a_hub_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         Settings.load()
     monkeypatch.setenv("INTERNAL_SERVICE_KEY", "hunter2")
     assert "hunter2" not in repr(Settings.load())
+
+
+@pytest.mark.parametrize("name", ["X-Internal-Service-Key", "Authorization", "x_key~1"])
+def test_a_header_of_its_own_for_the_key(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY_HEADER", name)
+    assert Settings.load().service_key_header == name
+
+
+@pytest.mark.parametrize(
+    ("url", "in_clear"),
+    [
+        ("https://hub.example/api", False),
+        ("http://localhost:8000", False),
+        ("http://127.8.0.1/api", False),
+        ("http://[::1]:8000/api", False),
+        ("http://[::ffff:127.0.0.1]/api", False),
+        ("http://hub.localhost", False),
+        ("http://hub.example/api", True),
+        ("http://flip-api.flip.local:8000/api", True),
+        ("http://10.0.0.7/api", True),
+        ("http://localhost.example", True),
+    ],
+)
+def test_whether_the_key_goes_out_unencrypted(monkeypatch: pytest.MonkeyPatch, url: str, in_clear: bool) -> None:
+    monkeypatch.setenv("LOCAL_DEV", "false")
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY", "hunter2")
+    monkeypatch.setenv("FLIP_API_INTERNAL_URL", url)
+    assert Settings.load().sends_key_in_clear is in_clear
+    monkeypatch.setenv("FLIP_HUB_TRUSTED_NETWORK", "true")
+    assert not Settings.load().sends_key_in_clear

@@ -367,6 +367,12 @@ def check_hub(_: Patient, settings: Settings) -> Finding:
     """
     if settings.local_dev:
         return Finding(Level.SKIP, "LOCAL_DEV: there is no hub")
+    if settings.sends_key_in_clear:
+        return Finding(
+            Level.FAIL,
+            f"the service key goes to {settings.hub_url} unencrypted; it was not asked",
+            "use https://, or set FLIP_HUB_TRUSTED_NETWORK=true where everybody on the way is trusted",
+        )
     foreign = _FOREIGN_STATUS[settings.hub_contract]
     codes: list[int] = []
     for method, path in (

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
@@ -235,6 +236,8 @@ class HubTransport:
         }
         self._made: Wire | None = None
         self._making = threading.Lock()
+        if settings.sends_key_in_clear:
+            _warn_of_a_key_in_clear(settings.hub_url)
 
     def send(self, row: OutboxRow) -> Reply:
         """Make the call of a row.
@@ -273,6 +276,16 @@ class HubTransport:
         """Close the pooled connections."""
         if self._made is not None:
             self._made.close()
+
+
+@cache
+def _warn_of_a_key_in_clear(base: str) -> None:
+    # Once for a process. A status that is not sent is worse than a key that somebody may read.
+    log.warning(
+        "The service key goes to %s unencrypted. Use https://, or set FLIP_HUB_TRUSTED_NETWORK=true where everybody on "
+        "the way is trusted.",
+        base,
+    )
 
 
 class LocalHub:

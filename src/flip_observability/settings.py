@@ -5,6 +5,8 @@ OpenTelemetry (``OTEL_*``) and AWS (``AWS_*``) are configured by their own stand
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -14,6 +16,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LEDGER_FOLDER = "flip_observability"
 """The ledger's folder below an NVFLARE workspace root, when ``FLIP_OBSERVABILITY_DIR`` is not set."""
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
+"""A token of HTTP."""
+_TAKEN_HEADERS = frozenset(
+    "accept accept-charset accept-encoding accept-language baggage connection content-encoding content-length "
+    "content-type cookie date expect forwarded host keep-alive origin proxy-authenticate proxy-authorization "
+    "proxy-connection range referer set-cookie te traceparent tracestate trailer transfer-encoding upgrade user-agent "
+    "via".split()
+)
+"""Headers that HTTP, its client, a proxy or tracing write or read: a key in one of them is lost, seen or misread."""
 
 
 class SettingsError(ValueError):
@@ -37,6 +49,11 @@ class Settings(BaseSettings):
         "http://localhost:8000",
         alias="FLIP_API_INTERNAL_URL",
         description="Base URL of the Central Hub, with or without a trailing slash.",
+    )
+    hub_trusted_network: bool = Field(
+        False,
+        alias="FLIP_HUB_TRUSTED_NETWORK",
+        description="The network to an `http://` hub is trusted: the service key may cross it unencrypted.",
     )
     service_key_header: str = Field(
         "X-Internal-Service-Key",
@@ -106,8 +123,10 @@ class Settings(BaseSettings):
     @field_validator("service_key_header")
     @classmethod
     def _service_key_header(cls, value: str) -> str:
-        if not value or not all(c.isalnum() or c in "!#$%&'*+-.^_`|~" for c in value) or not value.isascii():
-            raise ValueError("is not the name of an HTTP header")
+        if not _HEADER_NAME.fullmatch(value):
+            raise ValueError("is not the name of an HTTP header (letters, digits and hyphens, at most 128)")
+        if value.lower() in _TAKEN_HEADERS:
+            raise ValueError("is a header that HTTP needs for itself; choose one like X-Internal-Service-Key")
         return value
 
     @field_validator("service_key")
@@ -139,6 +158,14 @@ class Settings(BaseSettings):
             raise ValueError("INTERNAL_SERVICE_KEY: is empty, and with LOCAL_DEV=false the hub needs it")
         return self
 
+    @property
+    def sends_key_in_clear(self) -> bool:
+        """Whether the service key crosses a network unencrypted that nobody has said to be trusted."""
+        parts = urlsplit(self.hub_url)
+        return not (
+            self.local_dev or self.hub_trusted_network or parts.scheme == "https" or _is_loopback(parts.hostname or "")
+        )
+
     @classmethod
     def load(cls) -> Settings:
         """Read the environment.
@@ -155,3 +182,14 @@ class Settings(BaseSettings):
                 text = item["msg"].removeprefix("Value error, ")
                 problems.append(f"{where}: {text}" if where else text)
             raise SettingsError("Bad settings: " + "; ".join(problems)) from None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
