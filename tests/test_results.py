@@ -699,6 +699,22 @@ def test_the_file_appears_when_it_is_whole_and_private(run_dir: Path, target: De
     assert calls[0][1].endswith(".part")
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_every_folder_that_is_made_is_for_its_owner_only(run_dir: Path, tmp_path: Path, umask: int) -> None:
+    above = tmp_path / "there"
+    above.mkdir(mode=0o755)
+    before = os.umask(umask)
+    try:
+        receipt = upload_results(run_dir, Destination.parse((above / "a" / "b" / "c").as_uri()), MODEL)
+    finally:
+        os.umask(before)
+    archive = Path(receipt.uri.removeprefix("file://"))
+    made = [folder for folder in archive.parents if folder.is_relative_to(above) and folder != above]
+    assert len(made) == 4
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in made} == {0o700}
+    assert stat.S_IMODE(above.stat().st_mode) == 0o755
+
+
 @pytest.mark.parametrize("model_id", ["../x", "", ".", "a/b", "a" * 200, "a b", "x\0"])
 def test_a_model_id_cannot_lead_elsewhere(run_dir: Path, target: Destination, model_id: str) -> None:
     error = failure(run_dir, target, model_id=model_id)

@@ -28,6 +28,7 @@ import psutil
 from flip_observability.constants import OwnEvents
 from flip_observability.lifecycle import Event, Fact
 from flip_observability.process import ProcessIdentity
+from flip_observability.utils import make_private_folder
 
 log = logging.getLogger(__name__)
 
@@ -940,7 +941,7 @@ def file_system_of(directory: Path) -> str:
 
 def _prepare_directory(directory: Path) -> None:
     try:
-        _make_private_folder(directory)
+        make_private_folder(directory)
         kind = file_system_of(directory)
     except OSError as error:
         raise LedgerError(
@@ -996,13 +997,6 @@ def _explained(directory: Path | None) -> Iterator[None]:
         if type(error) is sqlite3.DatabaseError or "image is malformed" in str(error):
             raise LedgerCorruptError(text) from error
         raise LedgerError(text) from error
-
-
-def _make_private_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing, for their owner only. ``mkdir`` gives its mode to the last."""
-    if not folder.parent.exists():
-        _make_private_folder(folder.parent)
-    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _make_private_file(path: Path) -> None:

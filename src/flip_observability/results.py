@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
 
 from flip_observability import _archive, _crc32
+from flip_observability.utils import make_private_folder
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -398,7 +399,7 @@ class _FileSink:
 
     def __init__(self, path: Path, on_upload_id: Callable[[str], None], on_sent: Callable[[int], None]) -> None:
         self._path, self._on_upload_id, self._on_sent = path, on_upload_id, on_sent
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         self._unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
         on_upload_id(self._unfinished.name)  # first: who is killed now leaves a name, and not a file without one
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -1,8 +1,9 @@
-"""What is a model id and its one canonical spelling, and how a text from outside can be shown."""
+"""What is a model id and its one canonical spelling, how a text from outside can be shown, how a folder is made."""
 
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import Any
 
 MAX_TEXT = 200
@@ -20,6 +21,19 @@ def safe_text(value: object, limit: int = MAX_TEXT) -> str:
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, for their owner alone, whatever the umask is.
+
+    ``mkdir(parents=True)`` gives its mode to the last one only. A folder that exists keeps the mode that it has.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if not folder.parent.exists():
+        make_private_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def canonical_uuid(value: Any) -> str | None:
