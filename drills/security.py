@@ -100,7 +100,8 @@ def archives(stage: Stage) -> Sequence[Run]:
         wait_for_final(run, DELAY_SECONDS)
     wait_until(lambda: site.archives(jobs[0].model_id), 60, "the results")
     for names in map(_names, site.archives(jobs[0].model_id).values()):
-        assert not any("evil" in name or name == "notes.txt" for name in names), names
+        assert {name for name in names if "evil" in name} == {"C:%5Cevil", "evil%0D%0Aname"}, names
+        assert "notes.txt" not in names, names
     site.wait_for_metric("flip_observability_errors_total", component="salvage")
     return runs
 

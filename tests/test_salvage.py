@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,10 @@ import pytest
 from nvflare.apis.storage import WORKSPACE
 from nvflare.app_common.storages.filesystem_storage import FilesystemStorage
 
+from flip_observability._kit import Kit
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.results import Destination, Receipt, ResultsUploadError, upload_results
-from flip_observability.salvage import Kit, RunDirectory, StoredArchive, salvage
+from flip_observability.salvage import RunDirectory, StoredArchive, salvage
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 KEY = b"-----BEGIN PRIVATE KEY-----\ncanary\n"
@@ -130,7 +133,7 @@ def test_links_and_pipes_of_a_directory_are_not_followed(server: Server) -> None
 def hostile(path: Path) -> None:
     """An archive as an attacker would make it, with one honest member."""
     with zipfile.ZipFile(path, "w") as archive:
-        for name in ("../up.txt", "a/../../up.txt", "/etc/passwd", "a\\b", "./here", "a//b", "line\nbreak", "../"):
+        for name in ("../up.txt", "a/../../up.txt", "/etc/passwd", "./here", "a//b", "../", "x" * 5_000, "a/" * 200):
             archive.writestr(zipfile.ZipInfo(name), b"no")
         for name, kind in (("link", stat.S_IFLNK), ("pipe", stat.S_IFIFO), ("device", stat.S_IFBLK)):
             info = zipfile.ZipInfo(name)
@@ -152,6 +155,65 @@ def test_a_hostile_archive_gives_only_what_is_harmless(server: Server, tmp_path:
     assert found == {"setuid": b"yes"}
     with zipfile.ZipFile(Path(receipt.uri.removeprefix("file://"))) as archive:
         assert archive.getinfo("setuid").external_attr >> 16 == stat.S_IFREG | 0o755
+
+
+def zipped(server: Server) -> StoredArchive:
+    """What another job store would archive: NVFLARE's own takes no backslash."""
+    path = server.root / "run.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(server.run_dir.rglob("*")):
+            archive.write(file, str(file.relative_to(server.run_dir)))
+    return StoredArchive(path, server.kit)
+
+
+@pytest.mark.parametrize("source", [Server.directory, zipped])
+def test_names_that_could_be_misread_are_written_plainly(
+    server: Server, source: Callable[[Server], RunDirectory | StoredArchive]
+) -> None:
+    for name in ("C:\\evil", "exe\u202efdp", "a%5Cb", "a\\b", "line\nbreak"):
+        (server.run_dir / name).write_text(name)
+    (server.run_dir / "images\\").mkdir()
+    (server.run_dir / "images\\" / "1.png").write_bytes(b"\x89")
+    receipt, found = server.salvage(source(server))
+    expected = {"C:%5Cevil": "C:\\evil", "exe%E2%80%AEfdp": "exe\u202efdp", "line%0Abreak": "line\nbreak"}
+    assert found.pop("images%5C/1.png") == b"\x89"
+    assert {found.pop("a%5Cb"), found.pop("a%5Cb%")} == {b"a%5Cb", b"a\\b"}
+    assert found == LAYOUT | {shown: name.encode() for shown, name in expected.items()}
+    assert any("misleading" in text for text in receipt.warnings)
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED], ids=str)
+def test_no_more_is_unpacked_than_was_announced(
+    server: Server, tmp_path: Path, packing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "liar.zip"
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("zeros", bytes(64 << 20))
+    data = bytearray(path.read_bytes())
+    central = data.rindex(b"PK\1\2")
+    data[central + 24 : central + 28] = struct.pack("<I", 1_000)
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        _, found = server.salvage(StoredArchive(path, server.kit))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20, f"{peak >> 20} MiB"
+    assert sum(map(len, found.values())) <= 1_000
+    if packing != zipfile.ZIP_DEFLATED:
+        assert found == {}
+        assert "1 packed" in caplog.text
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_size_of_what_is_salvaged_is_limited(server: Server, source: str) -> None:
+    with (server.run_dir / "huge.txt").open("wb") as file:
+        file.truncate(100_000_000)
+    limited = dataclasses.replace(SOURCES[source](server), max_bytes=50_000_000)
+    receipt, found = server.salvage(limited)
+    assert found == LAYOUT
+    assert any("larger than it may be" in text for text in receipt.warnings)
 
 
 def test_a_bomb_is_refused_before_it_is_read(server: Server, tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ import pytest
 import requests
 
 from flip_observability import _multipart
+from flip_observability._kit import Kit
 from flip_observability.doctor import CHECKS, Finding, Level, Patient, examine
 from flip_observability.results import Destination, Receipt, ResultsUploadError, abort_upload, upload_results
-from flip_observability.salvage import Kit, RunDirectory, salvage
+from flip_observability.salvage import RunDirectory, salvage
 from flip_observability.settings import Settings
 from s3_faults import Fault, FaultProxy, error
 

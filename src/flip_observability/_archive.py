@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol, cast
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from flip_observability import _crc32
+from flip_observability._names import Names
 
 LEFT_OUT = frozenset({"app_server", "cross_site_val/model_shareables"})
 """Paths inside the run directory that are no results."""
@@ -37,9 +38,13 @@ INCOMPRESSIBLE = frozenset(
 )
 """Suffixes of weights, archives and images: deflating them costs minutes and saves nothing."""
 
+MAX_BYTES = 200 * 1024**3
+"""Of all files of an archive together, when nothing else is said. A sparse file of terabytes would be read, sent and
+paid for as zeros, for days; the largest models that are trained on a server are far below this."""
+
 CHUNK_BYTES = 1024 * 1024
 _SNIFFED_BYTES = 4096
-_MAX_DEPTH = 100
+MAX_DEPTH = 100
 _MAX_WARNINGS = 50
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -53,10 +58,12 @@ _REASONS = {
     "vanished": "vanished while the results were packed",
     "partial": "became unreadable while it was packed: only its beginning is in the archive",
     "shrank": "became shorter while it was packed: the archive holds what was left of it",
-    "deep": f"lies more than {_MAX_DEPTH} folders deep and was left out",
+    "deep": f"lies more than {MAX_DEPTH} folders deep and was left out",
     "kit": "is a file of the server's kit and was left out",
+    "large": "would make the archive larger than it may be and was left out",
+    "packed": "is packed in a way that no server packs and was left out",
     "unsafe": "has a name that leads elsewhere and was left out",
-    "renamed": "has a name that is not UTF-8: its odd bytes are written as %XX in the archive",
+    "renamed": "has a name that is not UTF-8 or misleading: such characters are written as %XX in the archive",
 }
 _BY_ERRNO = {errno.ENOENT: "vanished", errno.ELOOP: "link", errno.ENXIO: "special"}
 
@@ -130,12 +137,40 @@ def open_directory(run_dir: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def total_size(root: int) -> int:
+@dataclass
+class Budget:
+    """What files may still go into an archive.
+
+    Args:
+        left: bytes. A sparse file counts with its whole length, holes included.
+    """
+
+    left: int = MAX_BYTES
+
+    def takes(self, size: int) -> bool:
+        """Whether a file of this size fits; then it is counted."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+def total_size(root: int, max_bytes: int = MAX_BYTES) -> int:
     """Bytes of all files that :func:`pack` would put into the archive now."""
-    return sum(entry.info.st_size for entry in _entries(root, Notes()) if stat.S_ISREG(entry.info.st_mode))
+    budget = Budget(max_bytes)
+    for entry in _entries(root, Notes()):
+        if stat.S_ISREG(entry.info.st_mode):
+            budget.takes(entry.info.st_size)
+    return max_bytes - budget.left
 
 
-def pack(root: int, sink: Sink, notes: Notes, unwanted: Callable[[int, os.stat_result], bool] | None = None) -> int:
+def pack(
+    root: int,
+    sink: Sink,
+    notes: Notes,
+    unwanted: Callable[[int, os.stat_result], bool] | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> int:
     """Write the archive of an open run directory.
 
     Args:
@@ -143,16 +178,17 @@ def pack(root: int, sink: Sink, notes: Notes, unwanted: Callable[[int, os.stat_r
         sink: gets the archive's bytes; what it raises leaves as it is.
         notes: told what was left out, and why.
         unwanted: whether an open file, by its descriptor and status, is none of the results.
+        max_bytes: of all files together; one that is too large for what is left is left out, and the next ones are not.
 
     Returns:
         The number of files in the archive; folders are not counted.
     """
     files = 0
     with ZipFile(cast("IO[bytes]", sink), "w") as archive:
-        packing = _Packing(archive, sink, notes)
+        packing = _Packing(archive, sink, notes, Budget(max_bytes))
         for entry in _entries(root, notes):
             if stat.S_ISDIR(entry.info.st_mode):
-                _add_folder(archive, entry, notes)
+                archive.writestr(_member(packing, entry), b"")
             elif stat.S_ISREG(entry.info.st_mode):
                 files += _add_file(packing, entry, unwanted)
             else:
@@ -217,7 +253,7 @@ def _walk(folder: int, prefix: str, skipped: frozenset[str], notes: Notes, depth
 
 
 def _descend(entry: Entry, skipped: frozenset[str], notes: Notes, depth: int) -> Iterator[Entry]:
-    if depth > _MAX_DEPTH:  # each level holds a descriptor
+    if depth > MAX_DEPTH:  # each level holds a descriptor
         notes.add("deep", entry.name)
         return
     try:
@@ -259,12 +295,6 @@ def _kind_of_error(error: OSError) -> str:
     return "link" if error.errno == errno.ENOTDIR else _BY_ERRNO.get(error.errno or 0, "unreadable")
 
 
-def _add_folder(archive: ZipFile, entry: Entry, notes: Notes) -> None:
-    member = _member(entry, notes)
-    if member.filename not in archive.NameToInfo:
-        archive.writestr(member, b"")
-
-
 def _add_file(packing: _Packing, entry: Entry, unwanted: Callable[[int, os.stat_result], bool] | None) -> int:
     notes = packing.notes
     try:
@@ -280,6 +310,9 @@ def _add_file(packing: _Packing, entry: Entry, unwanted: Callable[[int, os.stat_
         if unwanted is not None and unwanted(descriptor, info):
             notes.add("kit", entry.name)
             return 0
+        if not packing.budget.takes(info.st_size):
+            notes.add("large", entry.name)
+            return 0
         return _copy(packing, replace(entry, info=info), descriptor)
     finally:
         os.close(descriptor)
@@ -293,9 +326,7 @@ def _copy(packing: _Packing, entry: Entry, descriptor: int) -> int:
     if got < 0:
         notes.add("unreadable", entry.name)
         return 0
-    member = _member(entry, notes)
-    while member.filename in packing.archive.NameToInfo:  # only by the renaming of a name that is not UTF-8
-        member.filename += "%"
+    member = _member(packing, entry)
     if PurePosixPath(entry.base).suffix.lower() not in INCOMPRESSIBLE and 0 not in buffer[: min(got, _SNIFFED_BYTES)]:
         member.compress_type = ZIP_DEFLATED
     with packing.member(member) as write:
@@ -315,6 +346,8 @@ class _Packing:
     archive: ZipFile
     sink: Sink
     notes: Notes
+    budget: Budget
+    names: Names = field(default_factory=Names)
     buffer: bytearray = field(default_factory=lambda: bytearray(CHUNK_BYTES))
 
     @contextmanager
@@ -347,11 +380,9 @@ def _read(descriptor: int, into: memoryview) -> int:
         return -1
 
 
-def _member(entry: Entry, notes: Notes) -> ZipInfo:
+def _member(packing: _Packing, entry: Entry) -> ZipInfo:
     info = entry.info
-    name = "".join(f"%{ord(char) - 0xDC00:02X}" if "\udc80" <= char <= "\udcff" else char for char in entry.name)
-    if name != entry.name:
-        notes.add("renamed", entry.name)
+    name = renamed(packing.names, entry.name, packing.notes)
     member = ZipInfo(name, _zip_time(info.st_mtime))
     member.compress_type = ZIP_STORED
     member.file_size = 0 if name.endswith("/") else info.st_size  # decides whether the member needs zip64
@@ -359,6 +390,14 @@ def _member(entry: Entry, notes: Notes) -> ZipInfo:
     if name.endswith("/"):
         member.external_attr |= 0x10  # MS-DOS's mark of a directory
     return member
+
+
+def renamed(names: Names, path: str, notes: Notes) -> str:
+    """A path's name in the archive; ``notes`` is told when its own part of it is another one."""
+    name = names.of(path)
+    if name.removesuffix("/").rpartition("/")[2] != path.removesuffix("/").rpartition("/")[2]:
+        notes.add("renamed", path)
+    return name
 
 
 def _zip_time(seconds: float) -> tuple[int, int, int, int, int, int]:

@@ -219,6 +219,7 @@ class FLIP:
                     Path(results_folder),
                     self._destination(sink),
                     canonical,
+                    max_bytes=self.settings.results_max_bytes,
                     on_progress=getattr(sink, "upload_progress", None),
                     on_multipart=getattr(sink, "multipart", None),
                 )

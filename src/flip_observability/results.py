@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
 
 from flip_observability import _archive, _crc32
+from flip_observability._kit import Kit
 from flip_observability.utils import make_private_folder
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def upload_results(
     suffix: str = "",
     timestamp: datetime | None = None,
     s3_client: S3Client | None = None,
+    max_bytes: int = _archive.MAX_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
     on_multipart: Callable[[str, str], None] | None = None,
 ) -> Receipt:
@@ -200,6 +202,7 @@ def upload_results(
         suffix: behind the time in the name, like `-salvaged`.
         timestamp: in the name; now, in UTC, when not given.
         s3_client: instead of one from boto3's own chain of credentials.
+        max_bytes: of all files of a run directory together; those that do not fit are left out.
         on_progress: called now and then with the bytes of the archive that have arrived and the bytes of all source
             files. The first can end above the second (the zip's own bytes) or below it (text is deflated).
         on_multipart: called with key and upload id as soon as there is something to abort, and with an empty upload id
@@ -214,7 +217,7 @@ def upload_results(
     notes = _archive.Notes()
     try:
         key = _key(destination, model_id, suffix, timestamp)
-        with _opened(source, destination) as content:
+        with _opened(source, destination, max_bytes) as content:
             total = content.total_size()
             report = _Quiet("on_progress", on_progress)
             tell = _Quiet("on_multipart", on_multipart)
@@ -344,27 +347,30 @@ class DirectoryContent:
     Args:
         root: its descriptor.
         unwanted: whether a file, from its descriptor and status, is to be left out.
+        max_bytes: of all files together.
     """
 
     root: int
     unwanted: Callable[[int, os.stat_result], bool] | None = None
+    max_bytes: int = _archive.MAX_BYTES
 
     def total_size(self) -> int:
-        return _archive.total_size(self.root)
+        return _archive.total_size(self.root, self.max_bytes)
 
     def pack(self, sink: _archive.Sink, notes: _archive.Notes) -> int:
-        return _archive.pack(self.root, sink, notes, self.unwanted)
+        return _archive.pack(self.root, sink, notes, self.unwanted, self.max_bytes)
 
 
 @contextmanager
-def _opened(source: Path | Source, destination: Destination) -> Iterator[Content]:
+def _opened(source: Path | Source, destination: Destination, max_bytes: int) -> Iterator[Content]:
     if not isinstance(source, Path):
         with source.open() as content:
             yield content
         return
     with _archive.open_directory(source) as root:
         _refuse_inside(source, destination)
-        yield DirectoryContent(root)
+        # NVFLARE makes run directories in the workspace. A link to the kit may be a slip, a copy is none.
+        yield DirectoryContent(root, Kit(source.parent).is_linked, max_bytes)
 
 
 def _fill(content: Content, sink: _Sink, notes: _archive.Notes) -> tuple[int, _Stored]:

@@ -7,7 +7,6 @@ put into it stays where it is.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import zlib
@@ -19,66 +18,23 @@ from typing import IO, cast
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from flip_observability import _archive
+from flip_observability._kit import Kit
+from flip_observability._names import Names
 from flip_observability.results import Content, Destination, DirectoryContent, Receipt, upload_results
 
 SUFFIX = "-salvaged"
-KIT_FOLDERS = ("startup", "local")
-"""Folders of a server's workspace that hold keys and settings."""
-MAX_KIT_BYTES = 16 * 1024 * 1024
-"""A larger file of the kit is no key."""
 MAX_MEMBERS = 1_000_000
 MAX_RATIO = 20
 RATIO_ALLOWANCE = 64 * 1024 * 1024
 """NVFLARE stores without compressing; an archive that claims to hold far more than its size is a bomb."""
+MAX_NAME_BYTES = 4096
+"""No path on a disk is longer."""
+PACKINGS = frozenset({ZIP_STORED, ZIP_DEFLATED})
+"""How a server packs. Others are unpacked a whole block at a time, whatever size is announced: bzip2 makes a GiB of 500
+bytes in one go."""
 _SNIFFED_BYTES = 4096
 _UNREADABLE = (BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
 """What ``zipfile`` raises for a member that is damaged, encrypted, or packed in a way it does not know."""
-
-
-class Kit:
-    """What must not end up in a researcher's download: the contents of a server's ``startup/`` and ``local/``.
-
-    Args:
-        workspace: the server's workspace. Files that cannot be read are not known; neither are empty ones.
-    """
-
-    def __init__(self, workspace: Path) -> None:
-        self._digests: dict[int, set[bytes]] = {}
-        for folder in KIT_FOLDERS:
-            for path in sorted((workspace / folder).rglob("*")):
-                self._learn(path)
-
-    def holds(self, size: int, chunks: Callable[[], Iterator[bytes]]) -> bool:
-        """Whether a file of the kit has this content. ``chunks`` is asked for only when the size fits."""
-        known = self._digests.get(size)
-        if not known:
-            return False
-        digest = hashlib.sha256()
-        for chunk in chunks():
-            digest.update(chunk)
-        return digest.digest() in known
-
-    def is_file(self, descriptor: int, info: os.stat_result) -> bool:
-        """Whether an open file is one of the kit. Where the descriptor is read from stays as it is."""
-        try:
-            return self.holds(info.st_size, lambda: _chunks_of(descriptor))
-        except OSError:
-            return False  # whoever packs it will find that it cannot be read
-
-    def _learn(self, path: Path) -> None:
-        try:
-            size = path.stat().st_size
-            if path.is_file() and 0 < size <= MAX_KIT_BYTES:
-                self._digests.setdefault(size, set()).add(hashlib.sha256(path.read_bytes()).digest())
-        except OSError:
-            return
-
-
-def _chunks_of(descriptor: int) -> Iterator[bytes]:
-    offset = 0
-    while chunk := os.pread(descriptor, _archive.CHUNK_BYTES, offset):
-        offset += len(chunk)
-        yield chunk
 
 
 @dataclass(frozen=True)
@@ -88,15 +44,17 @@ class RunDirectory:
     Args:
         path: the directory.
         kit: what is left out.
+        max_bytes: of all files together; those that do not fit are left out.
     """
 
     path: Path
     kit: Kit
+    max_bytes: int = _archive.MAX_BYTES
 
     @contextmanager
     def open(self) -> Iterator[Content]:
         with _archive.open_directory(self.path) as root:
-            yield DirectoryContent(root, self.kit.is_file)
+            yield DirectoryContent(root, self.kit.is_file, self.max_bytes)
 
 
 @dataclass(frozen=True)
@@ -106,10 +64,12 @@ class StoredArchive:
     Args:
         path: the zip.
         kit: what is left out.
+        max_bytes: of all files together; those that do not fit are left out.
     """
 
     path: Path
     kit: Kit
+    max_bytes: int = _archive.MAX_BYTES
 
     @contextmanager
     def open(self) -> Iterator[Content]:
@@ -117,7 +77,7 @@ class StoredArchive:
             with self.path.open("rb") as file, ZipFile(file) as archive:
                 members = _members(archive)
                 _refuse_bomb(members, os.fstat(file.fileno()).st_size)
-                yield _ArchiveContent(archive, members, self.kit)
+                yield _ArchiveContent(archive, members, self.kit, self.max_bytes)
         except BadZipFile as error:
             raise _archive.SourceError(type(error).__name__) from error
 
@@ -165,18 +125,24 @@ class _ArchiveContent:
     archive: ZipFile
     members: dict[str, ZipInfo]
     kit: Kit
+    max_bytes: int
 
     def total_size(self) -> int:
-        return sum(info.file_size for _, info in self._chosen(_archive.Notes()))
+        budget = _archive.Budget(self.max_bytes)
+        for _, info in self._chosen(_archive.Notes()):
+            budget.takes(info.file_size)
+        return self.max_bytes - budget.left
 
     def pack(self, sink: _archive.Sink, notes: _archive.Notes) -> int:
-        files = 0
+        files, names, budget = 0, Names(), _archive.Budget(self.max_bytes)
         with ZipFile(cast("IO[bytes]", sink), "w") as target:
-            for name, info in self._chosen(notes):
-                if name.endswith("/"):
-                    target.writestr(_new_member(name, info), b"")
+            for path, info in self._chosen(notes):
+                if path.endswith("/"):
+                    target.writestr(_new_member(_archive.renamed(names, path, notes), info), b"")
+                elif budget.takes(info.file_size):
+                    files += self._copy(target, _archive.renamed(names, path, notes), info, notes)
                 else:
-                    files += self._copy(target, name, info, notes)
+                    notes.add("large", path)
         return files
 
     def _chosen(self, notes: _archive.Notes) -> Iterator[tuple[str, ZipInfo]]:
@@ -230,16 +196,23 @@ def _is_left_out(name: str) -> bool:
 
 
 def _is_acceptable(info: ZipInfo, notes: _archive.Notes) -> bool:
-    name = info.filename
-    steps = name.removesuffix("/").split("/")
-    if "\\" in name or not name.removesuffix("/").isprintable() or any(step in {"", ".", ".."} for step in steps):
-        notes.add("unsafe", name)
-        return False
+    reason = _objection(info)
+    if reason is not None:
+        notes.add(reason, info.filename)
+    return reason is None
+
+
+def _objection(info: ZipInfo) -> str | None:
+    """Why a member is none of the results; None when it may be."""
+    steps = info.filename.removesuffix("/").split("/")
+    if any(step in {"", ".", ".."} for step in steps) or len(info.orig_filename) > MAX_NAME_BYTES:
+        return "unsafe"
+    if len(steps) > _archive.MAX_DEPTH + 1:
+        return "deep"
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in {0, stat.S_IFREG, stat.S_IFDIR}:
-        notes.add("link" if kind == stat.S_IFLNK else "special", name)
-        return False
-    return True
+        return "link" if kind == stat.S_IFLNK else "special"
+    return None if info.compress_type in PACKINGS else "packed"
 
 
 def _new_member(name: str, info: ZipInfo) -> ZipInfo:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from flip_observability._kit import Kit
 from flip_observability.client import results_destination
 from flip_observability.constants import FlipEvents, ModelStatus, OwnEvents
 from flip_observability.ending import SALVAGE, SALVAGE_FAILED, SALVAGED, UnendedRun
@@ -25,7 +26,7 @@ from flip_observability.hub import CONTRACTS
 from flip_observability.ledger import Entry, Ledger, LedgerError
 from flip_observability.lifecycle import Event, Fact
 from flip_observability.results import Destination, Receipt, ResultsUploadError, abort_upload
-from flip_observability.salvage import Kit, RunDirectory, StoredArchive, salvage
+from flip_observability.salvage import RunDirectory, StoredArchive, salvage
 from flip_observability.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -204,11 +205,12 @@ class Salvager:
     def _source(self, run: Mapping[str, Any], patient: bool) -> Iterator[RunDirectory | StoredArchive]:
         run_dir = Path(run["run_dir"]) if run["run_dir"] else None
         kit = Kit(run_dir.parent) if run_dir is not None else Kit(self._directory)
+        most = self._settings.results_max_bytes
         with self._archive(run, patient) as archive:
             if archive is not None:
-                yield StoredArchive(archive, kit)
+                yield StoredArchive(archive, kit, most)
             elif run_dir is not None and run_dir.is_dir():
-                yield RunDirectory(run_dir, kit)
+                yield RunDirectory(run_dir, kit, most)
             else:
                 raise ResultsUploadError("source", "nothing is left of the run")
 

@@ -90,7 +90,12 @@ class Settings(BaseSettings):
         alias="FLIP_END_RUN_SECONDS",
         description="Seconds that END_RUN may take, after the upload, to deliver the final status.",
     )
-
+    results_max_gib: Annotated[float, Field(gt=0, le=5_000)] = Field(
+        200,
+        alias="FLIP_RESULTS_MAX_GIB",
+        description="Size of all files of a run's results together, in GiB, holes of sparse files included; those that "
+        "do not fit are left out of the archive.",
+    )
     capture_exception_messages: bool = Field(
         False,
         alias="FLIP_CAPTURE_EXCEPTION_MESSAGES",
@@ -102,6 +107,11 @@ class Settings(BaseSettings):
         alias="FLIP_METRICS_RECENT_RUNS",
         description="Finished runs that metrics tell of one by one, beside all that finished in the last 24 hours.",
     )
+
+    @property
+    def results_max_bytes(self) -> int:
+        """The limit of a run's results, as the archive counts it."""
+        return int(self.results_max_gib * 1024**3)
 
     @field_validator("hub_url")
     @classmethod
