@@ -65,6 +65,21 @@ def slow(stage: Stage) -> Sequence[Run]:
     return [run]
 
 
+def unreachable(stage: Stage) -> Sequence[Run]:
+    """No connection gets an answer when the run ends: END_RUN does not wait, and the observer brings the results."""
+    site = stage.small()
+    site.observer()
+    job = site.job().begin().train()
+    site.proxy.faults[:0] = [Fault(operation, reset) for operation in EVERYTHING]
+    took = job.end()
+    stage.notes.append(f"END_RUN took {took:.1f} s")
+    assert not job.told, "the hub was told an end before the observer had tried"
+    job.leave()
+    time.sleep(DEAD_SECONDS)
+    site.proxy.faults.clear()
+    return [job.run()]
+
+
 def _die_in_part_3(site: SmallSite) -> list[float]:
     """The bucket is dead from part 3 on. Returns a list that gets the moment."""
     died: list[float] = []
@@ -152,6 +167,7 @@ def lies(stage: Stage) -> Sequence[Run]:
 DRILLS: tuple[Drill, ...] = (
     Drill("bucket-refused", GROUP, "nobody may write to the bucket", refused, REFUSED, False),
     Drill("bucket-slow", GROUP, "every part of an upload takes a second", slow, UPLOADED, True, slow_upload=True),
+    Drill("bucket-unreachable", GROUP, "the bucket is gone when a run ends", unreachable, UPLOADED, True, quick=True),
     Drill(
         "bucket-recovers",
         GROUP,

@@ -140,6 +140,7 @@ def test_an_error_says_why_and_survives_a_process_boundary() -> None:
         "timeout",
     )
     assert ResultsUploadError("nonsense").reason == "other"
+    assert pickle.loads(pickle.dumps(ResultsUploadError("timeout", passing=True))).passing
     assert "other" in REASONS
 
 

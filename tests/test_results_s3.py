@@ -27,6 +27,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from flip_observability import _crc32, _multipart
+from flip_observability._pace import Part
 from flip_observability.results import Destination, Receipt, ResultsUploadError, abort_upload, upload_results
 from s3_faults import Fault, FaultProxy, Request, Response, edit_headers, error, hang, lose_answer, reset
 
@@ -403,13 +404,29 @@ def test_a_slow_link_is_no_silent_one(weights: bytes, monkeypatch: pytest.Monkey
         thread = threading.Thread(target=read_slowly, daemon=True)
         thread.start()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{slow.getsockname()[1]}")
-        body: Any = _multipart._Part(weights)
+        body: Any = Part(weights)
         answer = _multipart.make_client().upload_part(
             Bucket="results", Key="k", UploadId="u", PartNumber=1, Body=body, ChecksumCRC32="AAAAAA=="
         )
         thread.join(10)
     assert answer["ETag"] == '"e"'
     assert b"".join(received) == weights
+
+
+def test_an_error_code_cannot_break_a_line_of_the_log(
+    bucket: S3Client, proxy: FaultProxy, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = "Evil\nERROR root: all is lost \x9b2J\u202e" + "x" * 1_000
+
+    def evil(_proxy: FaultProxy, _request: Request) -> Response:
+        return Response(503, [("Content-Type", "application/xml")], f"<Error><Code>{code}</Code></Error>".encode())
+
+    proxy.faults = [Fault("CreateMultipartUpload", evil), Fault("AbortMultipartUpload", evil)]
+    with caplog.at_level(logging.INFO):
+        failed = Calls().failure(run_dir)
+    assert failed.detail.isprintable()
+    assert len(failed.detail) < 250
+    assert all(message.isprintable() for message in caplog.messages), caplog.messages
 
 
 def test_a_bucket_that_does_not_exist(bucket: S3Client, run_dir: Path) -> None:
@@ -469,7 +486,7 @@ def test_a_bucket_that_takes_no_more_bytes_ends_in_a_time_out(
                 Key="k",
                 UploadId="u",
                 PartNumber=1,
-                Body=_multipart._Part(weights),  # type: ignore[arg-type]
+                Body=Part(weights),  # type: ignore[arg-type]
             )
         assert _multipart.reason_of(caught.value) == "timeout"
         assert Calls().failure(run_dir).reason == "timeout"

@@ -534,6 +534,29 @@ def test_an_upload_that_works_in_time_is_an_upload(site: Site) -> None:
     assert site.row(run)["intent"] == "SALVAGED"
 
 
+def test_a_run_that_could_not_reach_the_bucket_is_gone_on_with_while_its_process_lives(site: Site) -> None:
+    unblock = block(site)
+    run = site.begin(site.start(), intent="UPLOAD_PENDING")
+    sentinel = site.sentinel()
+    sentinel.sweep()
+    time.sleep(0.2)
+    assert not sentinel._salvager.has(run.run_id), "it is still at it"
+    run.at(run.now + 1, FlareEvents.ABOUT_TO_END_RUN)
+    run.at(run.now + 2, FlareEvents.END_RUN)
+    sentinel.sweep()
+    time.sleep(0.3)
+    site.time = 500.0
+    sentinel.sweep()
+    time.sleep(0.3)
+    assert site.final(run) is None
+    unblock()
+    site.time = 550.0
+    site.wait_for(run, "final_status", "RESULTS_UPLOADED")
+    assert site.told(run) == ["RESULTS_UPLOADED"]
+    assert site.archive_of(run) == FILES
+    assert site.row(run)["problems"] == {}, "nothing died, and in the end nothing failed"
+
+
 def test_the_status_of_a_crashed_run_does_not_wait_for_the_bucket(site: Site) -> None:
     unblock = block(site)
     run, other = site.begin(), site.begin()

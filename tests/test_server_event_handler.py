@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.ending import SALVAGE
 from flip_observability.ledger import Ledger
 from flip_observability.nvflare.components import ServerEventHandler
+from flip_observability.process import current_process
 from flip_observability.results import ResultsUploadError
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -172,6 +174,54 @@ def test_rule_3(
         (row,) = ledger.runs()
         followed_up = [run["run_id"] for run in ledger.runs_with_intent(SALVAGE)]
     assert followed_up == ([row["run_id"]] if raised else []), "what could not be uploaded is left to an observer"
+
+
+UNREACHABLE = ResultsUploadError("connection", "EndpointConnectionError", passing=True)
+
+
+@pytest.mark.parametrize(
+    ("raised", "observed", "final", "intent"),
+    [
+        (UNREACHABLE, True, None, "UPLOAD_PENDING"),
+        (UNREACHABLE, False, "ERROR", SALVAGE),
+        (UPLOAD_ERROR, True, "ERROR", SALVAGE),
+    ],
+    ids=["goes-on", "nobody-is-there", "lasting"],
+)
+def test_an_upload_that_may_yet_work_is_left_to_an_observer_that_lives(
+    raised: ResultsUploadError, observed: bool, final: str | None, intent: str, tmp_path: Path
+) -> None:
+    handler, engine = make(persist=Persist(raised))
+    with Ledger(tmp_path / "ledger") as ledger:
+        if observed:
+            ledger.claim_observer(f"{current_process().token()}|test", time.time())
+        run(handler, engine, *TRAINING, *END)
+        (row,) = ledger.runs()
+        assert (row["final_status"], row["intent"]) == (final, intent)
+        assert handler.final_status == final
+        failures = [fact for event in ledger.events() for fact in event["facts"] if fact[0] == "upload_failure"]
+        assert len(failures) == (final is not None)
+        assert any(event["name"] == EventType.END_RUN for event in ledger.events())
+
+
+@pytest.mark.parametrize("aborted", ["before", "meanwhile", None])
+def test_how_long_an_upload_may_stand_still(aborted: str | None) -> None:
+    signal, told = Signal(), []
+
+    class Asks(Persist):
+        def execute(self, fl_ctx: FLContext) -> None:
+            if aborted == "meanwhile":
+                signal.trigger("abort")
+            told.append(handler._recorder.stalled_after() if handler._recorder else None)
+
+    handler, engine = make(persist=Asks())
+    if aborted == "before":
+        signal.trigger("abort")
+    for event in (*TRAINING, *END):
+        fl_ctx = context(engine)
+        fl_ctx.set_prop(ReservedKey.RUN_ABORT_SIGNAL, signal, private=True, sticky=False)
+        handler.handle_event(event, fl_ctx)
+    assert told == [4.0 if aborted else 10.0]
 
 
 def test_upload_failed_is_spelled_by_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

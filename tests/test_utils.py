@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from flip_observability.utils import Utils, canonical_uuid, is_string_empty, is_valid_uuid
+from flip_observability.utils import Utils, canonical_uuid, is_string_empty, is_valid_uuid, printable
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 
@@ -70,3 +70,17 @@ def test_the_functions_are_also_static_methods_of_utils() -> None:
     assert Utils.is_valid_uuid(MODEL)
     assert Utils().canonical_uuid(MODEL.upper()) == MODEL
     assert Utils.is_string_empty("")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("AccessDenied", "AccessDenied"),
+        ("größe", "größe"),
+        ("a\nb\x1b[2J", "a\\nb\\x1b[2J"),
+        ("\u202eevil\ud800", "\\u202eevil\\ud800"),
+        ("x" * 50, "x" * 20 + "…"),
+    ],
+)
+def test_a_foreign_text_is_a_part_of_one_line(text: str, shown: str) -> None:
+    assert printable(text, 20) == shown

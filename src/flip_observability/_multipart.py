@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextvars
 import logging
 import random
+import socket
 import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -37,6 +38,8 @@ from botocore.exceptions import (
 )
 
 from flip_observability import _crc32
+from flip_observability._pace import Pace, Part, sending
+from flip_observability.utils import printable
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -53,7 +56,11 @@ _DOUBLE_EVERY = 250
 _MAX_PART_BYTES = 5 * 1024 * MIB
 _MEMORY_BYTES = 32 * MIB
 _MAX_IN_FLIGHT = 4
-_SEND_BYTES = 256 * 1024
+_SEND_BYTES = 64 * 1024
+_UNSENT_BYTES = 128 * 1024
+"""What the kernel takes from us beyond what the network has taken. Without a bound it takes megabytes at once, and then
+nothing for as long as a slow link needs for a third of them: an upload that moves would look like one that does not."""
+_GIB = 1024**3
 
 
 @dataclass(frozen=True)
@@ -143,12 +150,20 @@ def reason_of(error: BaseException) -> str:
 def describe(error: BaseException) -> str:
     """S3's error code and the call, or the type of an exception; never a message."""
     if isinstance(error, ClientError):
-        return f"{_code(error)} in {error.operation_name}"
+        return f"{printable(_code(error), _MAX_CODE)} in {error.operation_name}"
     return type(error).__name__
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether the bucket may be well again in a while, as nothing is wrong with what was asked of it."""
+    return _is_transient(error) and reason_of(error) != "checksum"
+
+
+_MAX_CODE = 100
+
+
 def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))[:100]
+    return str(error.response.get("Error", {}).get("Code", ""))[:_MAX_CODE]
 
 
 def _status(error: ClientError) -> int:
@@ -184,6 +199,7 @@ def make_client() -> S3Client:
     )
     client = boto3.session.Session().client("s3", config=config)
     client.meta.events.register("before-send.s3.UploadPart", _send_in_pieces)
+    _bound_what_is_unsent(client)
     # Nothing of OpenTelemetry is imported for an upload that is not part of a traced run.
     # Another thread may be importing it at this moment: what is missing then is no reason to lose an upload.
     active = getattr(sys.modules.get("flip_observability.client_spans"), "active", None)
@@ -192,11 +208,13 @@ def make_client() -> S3Client:
     return client
 
 
-class _Part(bytearray):
-    """A part's bytes. With debug logging botocore logs its arguments; file contents must not be in there."""
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} bytes>"
+def _bound_what_is_unsent(client: S3Client) -> None:
+    # botocore has no setting for it. Where its insides are different, a slow link is told from a dead one less well.
+    session = getattr(getattr(client, "_endpoint", None), "http_session", None)
+    options = getattr(session, "_socket_options", None)
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if isinstance(options, list) and option is not None:
+        options.append((socket.IPPROTO_TCP, option, _UNSENT_BYTES))
 
 
 class _Pieces:
@@ -209,9 +227,10 @@ class _Pieces:
         self._body = body
 
     def __iter__(self) -> Iterator[memoryview]:
-        view = memoryview(self._body)
+        view, took = memoryview(self._body), sending(self._body)
         for start in range(0, len(view), _SEND_BYTES):
             yield view[start : start + _SEND_BYTES]
+            took(min(start + _SEND_BYTES, len(view)))  # asked for the next piece: this one has been taken
 
     def seek(self, _position: int) -> None:
         """Called by botocore before it sends again; every iteration starts at the beginning anyway."""
@@ -237,23 +256,33 @@ def _in_thread(call: Callable[[], _T]) -> Future[_T]:
     return future
 
 
-def _persist(call: Callable[[], _T], patience: Patience, given_up: threading.Event) -> _T:
+def _persist(call: Callable[[], _T], patience: Patience, given_up: threading.Event, pace: Pace) -> _T:
     """Call until it works, the failure is a lasting one, or patience is over."""
     begun = time.monotonic()
     for failures in range(1, patience.attempts + 1):
         try:
-            return call()
+            answer = call()
         except (BotoCoreError, ClientError, OSError) as error:  # noqa: PERF203 - to try again is the point
             lasting = failures == patience.attempts or not _is_transient(error)
+            if not lasting:
+                pace.failure = error
             if lasting or time.monotonic() - begun > patience.total or given_up.wait(patience.pause(failures)):
                 raise
             _log.info("Results upload: attempt %d failed (%s), trying again", failures, describe(error))
+        else:
+            pace.moved()
+            pace.failure = None
+            return answer
     raise AssertionError("unreachable")  # pragma: no cover - the last failure is always raised
 
 
-def _bounded(call: Callable[[], _T], patience: Patience, given_up: threading.Event | None = None) -> _T:
-    future = _in_thread(partial(_persist, call, patience, given_up or threading.Event()))
-    done, _ = wait([future], timeout=patience.stuck)
+def bounded(
+    call: Callable[[], _T], patience: Patience, given_up: threading.Event | None = None, pace: Pace | None = None
+) -> _T:
+    """Call in a thread of its own, and wait for it as long as patience says and the upload moves."""
+    pace = pace or Pace()
+    future = _in_thread(partial(_persist, call, patience, given_up or threading.Event(), pace))
+    done, _ = pace.wait([future], patience.stuck)
     if not done:
         raise TimeoutError
     return future.result()
@@ -282,7 +311,7 @@ class _Sent:
     etag: str
     crc: int
     size: int
-    buffer: _Part
+    buffer: Part
 
 
 def _object_size(client: S3Client, size: int) -> int:
@@ -301,6 +330,7 @@ class MultipartUpload:
         expected: bytes that will be written, as far as known.
         on_upload_id: called with "" before there is an upload, with its id once it exists, and with "" once there is
             nothing to abort.
+        pace: whether it moves; without one it is waited for as long as each call may take.
         on_sent: called with the bytes that the bucket has accepted so far.
 
     What S3 or the network raises leaves the method that finds it as it is, and every later write.
@@ -315,21 +345,22 @@ class MultipartUpload:
         expected: int,
         on_upload_id: Callable[[str], None],
         on_sent: Callable[[int], None],
+        pace: Pace | None = None,
     ) -> None:
         self._client, self._bucket, self._key = client, bucket, key
         self._on_upload_id, self._on_sent = on_upload_id, on_sent
-        self._patience = PATIENCE
+        self._patience, self._pace = PATIENCE, pace or Pace()
         self._planned = planned_part_size(expected)
         self._given_up = threading.Event()
         self._failure: Exception | None = None
         self._in_flight: set[Future[_Sent]] = set()
-        self._spare: list[_Part] = []
+        self._spare: list[Part] = []
         self._parts: dict[int, tuple[str, int, int]] = {}
         self._next = 1
         self._sent = 0
         self._upload_id = ""
         on_upload_id("")  # who is killed before the bucket's answer is written down leaves the key to look for
-        created = _bounded(
+        created = bounded(
             lambda: client.create_multipart_upload(
                 Bucket=bucket,
                 Key=key,
@@ -338,8 +369,10 @@ class MultipartUpload:
                 ChecksumType="FULL_OBJECT",
             ),
             self._patience,
+            self._given_up,
+            self._pace,
         )
-        self._buffer, self._filled = _Part(), 0
+        self._buffer, self._filled = Part(), 0
         self._crc = self._crc_before = 0
         self._upload_id = created["UploadId"]
         on_upload_id(self._upload_id)
@@ -399,34 +432,43 @@ class MultipartUpload:
         self._given_up.set()
         if not self._upload_id:
             return
-        # A part that arrives after the abort would stay, and be paid for.
-        _, running = wait(self._in_flight, timeout=min(5.0, self._patience.silence))
+        # A part that arrives after the abort would stay, and be paid for. Nothing is waited for where nothing moves.
+        _, running = wait(self._in_flight, timeout=0.0 if self._pace.stalled else min(5.0, self._patience.silence))
         try:
-            abort(self._client, self._bucket, self._key, self._upload_id)
+            abort(self._client, self._bucket, self._key, self._upload_id, self._tidying())
         except Exception as error:  # noqa: BLE001 - why the upload failed must not be hidden by this
             _log.warning("Results upload: the unfinished upload could not be aborted (%s)", describe(error))
             return
         if not running:
             self._on_upload_id("")
 
+    def _tidying(self) -> Patience:
+        """END_RUN waits for this, too; what is not removed in time is removed with the next attempt."""
+        if self._pace.stalled:
+            return replace(tidying(), attempts=1, stuck=2.0)
+        return tidying() if self._pace.limit is None else replace(tidying(), stuck=5.0)
+
     def _begin_part(self) -> None:
         size = part_size(self._next, self._planned)
         while len(self._in_flight) >= max(1, min(_MAX_IN_FLIGHT, _MEMORY_BYTES // size)):
             self._collect()
         self._collect(block=False)
-        spare = self._spare.pop() if self._spare else _Part()
+        spare = self._spare.pop() if self._spare else Part()
         # Buffers are used again: fresh memory costs a page fault for every 4 KiB.
-        self._buffer = spare if len(spare) == size else _Part(size)
+        self._buffer = spare if len(spare) == size else Part(size)
+        self._buffer.pace, self._buffer.taken = self._pace, 0
         self._filled = 0
 
     def _send_part(self) -> None:
         crc = _crc32.combine(self._crc_before, self._crc, len(self._buffer))
         self._crc_before = self._crc
+        if all(future.done() for future in self._in_flight):
+            self._pace.moved()  # it was us who had nothing to send
         call = partial(self._upload_part, self._next, self._buffer, crc)
         self._in_flight.add(_in_thread(call))
         self._next += 1
 
-    def _upload_part(self, number: int, buffer: _Part, crc: int) -> _Sent:
+    def _upload_part(self, number: int, buffer: Part, crc: int) -> _Sent:
         answer = _persist(
             lambda: self._client.upload_part(
                 Bucket=self._bucket,
@@ -438,15 +480,14 @@ class MultipartUpload:
             ),
             self._patience,
             self._given_up,
+            self._pace,
         )
         return _Sent(number, answer["ETag"], crc, len(buffer), buffer)
 
     def _collect(self, *, block: bool = True) -> None:
         """Take in the parts that are done, waiting for one when asked to."""
-        done, self._in_flight = wait(
-            self._in_flight, timeout=self._patience.stuck if block else 0, return_when=FIRST_COMPLETED
-        )
         try:
+            done, self._in_flight = self._pace.wait(self._in_flight, self._patience.stuck if block else 0.0)
             if block and not done:
                 raise TimeoutError
             for future in done:
@@ -485,8 +526,9 @@ class MultipartUpload:
                 MpuObjectSize=_object_size(self._client, size),
             )
 
+        self._pace.allow(size / _GIB)
         try:
-            _bounded(call, self._patience, self._given_up)
+            bounded(call, self._patience, self._given_up, self._pace)
         except ClientError as error:
             if _code(error) == "NoSuchUpload" and attempts > 1:
                 return error
@@ -495,9 +537,10 @@ class MultipartUpload:
 
     def _verify(self, size: int, crc: int) -> tuple[bool, tuple[str, ...]]:
         try:
-            head = _bounded(
+            head = bounded(
                 lambda: self._client.head_object(Bucket=self._bucket, Key=self._key, ChecksumMode="ENABLED"),
                 self._patience,
+                pace=self._pace,
             )
         except (BotoCoreError, ClientError, OSError) as error:
             if isinstance(error, ClientError) and _status(error) == 404:
@@ -514,14 +557,9 @@ class MultipartUpload:
         return True, ()
 
 
-def _tidying() -> Patience:
-    return Patience(
-        attempts=3,
-        total=min(30.0, PATIENCE.total),
-        stuck=min(90.0, PATIENCE.stuck),
-        first_pause=PATIENCE.first_pause,
-        longest_pause=PATIENCE.longest_pause,
-    )
+def tidying() -> Patience:
+    """How long the removal of an unfinished upload may take."""
+    return replace(PATIENCE, attempts=3, total=min(30.0, PATIENCE.total), stuck=min(20.0, PATIENCE.stuck))
 
 
 def unfinished(client: S3Client, bucket: str, key: str) -> list[str]:
@@ -530,18 +568,20 @@ def unfinished(client: S3Client, bucket: str, key: str) -> list[str]:
     Raises:
         ClientError, BotoCoreError, OSError: what the last of three attempts failed with.
     """
-    answer = _bounded(lambda: client.list_multipart_uploads(Bucket=bucket, Prefix=key), _tidying())
+    answer = bounded(lambda: client.list_multipart_uploads(Bucket=bucket, Prefix=key), tidying())
     return [upload["UploadId"] for upload in answer.get("Uploads", []) if upload["Key"] == key]
 
 
-def abort(client: S3Client, bucket: str, key: str, upload_id: str) -> None:
+def abort(client: S3Client, bucket: str, key: str, upload_id: str, patience: Patience | None = None) -> None:
     """Have a bucket forget an unfinished upload. One that it does not know is none.
 
     Raises:
-        ClientError, BotoCoreError, OSError: what the last of three attempts failed with.
+        ClientError, BotoCoreError, OSError: what the last attempt failed with, of three without a ``patience``.
     """
     try:
-        _bounded(lambda: client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id), _tidying())
+        bounded(
+            lambda: client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id), patience or tidying()
+        )
     except ClientError as error:
         if _code(error) != "NoSuchUpload":
             raise

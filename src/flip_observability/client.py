@@ -42,7 +42,8 @@ MAX_WAITED_FOR = 100
 
 class StatusSink(Protocol):
     """Where the client's calls go. It may also have ``multipart(key, upload_id)`` and ``upload_progress(sent, total)``,
-    which are told of an upload, ``upload_context()``, in which it happens, and ``directory``, the ledger's folder.
+    which are told of an upload, ``upload_context()``, in which it happens, ``stalled_after()``, the seconds after which
+    it is given up when nothing moves, and ``directory``, the ledger's folder.
     """
 
     def post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool) -> None: ...
@@ -220,6 +221,7 @@ class FLIP:
                     self._destination(sink),
                     canonical,
                     max_bytes=self.settings.results_max_bytes,
+                    stalled_after=getattr(sink, "stalled_after", None),
                     on_progress=getattr(sink, "upload_progress", None),
                     on_multipart=getattr(sink, "multipart", None),
                 )

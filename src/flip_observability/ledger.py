@@ -698,6 +698,10 @@ class Ledger:
         )
         return [_event_row(row) for row in rows]
 
+    def has_event(self, run_id: str, name: str) -> bool:
+        """Whether an event of this name is in a run's history."""
+        return bool(self._rows("SELECT 1 FROM events WHERE run_id = ? AND name = ? LIMIT 1", (run_id, name)))
+
     def claim_root(self, run_id: str, owner: str) -> bool:
         """Whether the caller may export the run's root span; true for exactly one caller."""
         with self._transaction() as db:

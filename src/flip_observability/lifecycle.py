@@ -601,7 +601,8 @@ def _on_status(state: RunState, event: Event, effects: Effects) -> None:
 def _on_end(state: RunState, event: Event, effects: Effects) -> None:
     _on_status(state, event, effects)
     if state.final_status is None:
-        # An abort that only the observer can judge: all work is over, and the run waits for its final status.
+        # An abort that only the observer can judge, or an upload that it goes on with: all other work is over, and the
+        # run waits for its final status.
         for key in [key for key, span in state._open.items() if span.parent == RUN]:
             state._finish(key, event, effects)
         return

@@ -42,6 +42,9 @@ CHECKPOINT_EVENTS = 250
 """Events after which the writer thread moves the ledger's write-ahead log into its file."""
 UNTRACED = "untraced"
 """Who has claimed the root span of a run that was recorded where nothing is exported."""
+STALLED_SECONDS = 10.0
+STALLED_AFTER_ABORT_SECONDS = 4.0
+"""How long END_RUN waits for a bucket that takes no byte. NVFLARE ends the process some 10 s after an abort."""
 FORGET_SECONDS = 3_600.0
 REOPEN_SECONDS = 5.0
 MAX_BACKLOG = 10_000
@@ -93,6 +96,7 @@ class RunRecorder:
         self.tell_hub = tell_hub
         self.contract = CONTRACTS[settings.hub_contract]
         self.finalised_elsewhere = False
+        self.is_aborted: Callable[[], bool] = lambda: False
         tracing = tracing or shared(settings)
         self._transport = transport or transport_for(settings, tracing)
         # Wall time at the start, then the monotonic clock: a clock that is set in mid-run makes no negative durations.
@@ -176,14 +180,25 @@ class RunRecorder:
 
     def has_judge(self) -> bool:
         """Whether somebody watches this ledger whom the server's parent process tells how jobs end."""
+        return self._is_watched(Ledger.live_judge)
+
+    def has_observer(self) -> bool:
+        """Whether somebody watches this ledger who can bring results and end the run."""
+        return self._is_watched(Ledger.live_observer)
+
+    def _is_watched(self, by: Callable[[Ledger, float], str | None]) -> bool:
         with self._lock:
             if self._fallback is not None or self._ledger is None or not self._ledger.is_current():
                 return False
             try:
-                return self._ledger.live_judge(time.time()) is not None
+                return by(self._ledger, time.time()) is not None
             except LedgerError as error:
                 report("ledger", error, "cannot see whether an observer lives; taken as no")
                 return False
+
+    def stalled_after(self) -> float:
+        """Seconds without a byte taken after which END_RUN gives an upload up."""
+        return STALLED_AFTER_ABORT_SECONDS if self._state.aborted or self.is_aborted() else STALLED_SECONDS
 
     def upload_context(self) -> AbstractContextManager[None]:
         """In which the results are uploaded: calls of the bucket are spans below the upload's."""

@@ -23,6 +23,7 @@ from urllib.parse import unquote
 
 from flip_observability import _archive, _crc32
 from flip_observability._kit import Kit
+from flip_observability._pace import Pace
 from flip_observability.utils import make_private_folder
 
 if TYPE_CHECKING:
@@ -61,10 +62,12 @@ class ResultsUploadError(Exception):
     Args:
         reason: one of :data:`REASONS`.
         detail: what happened: types of exceptions and S3 error codes, never their messages.
+        passing: whether it may work in a while, with nothing changed here.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
+    def __init__(self, reason: str, detail: str = "", passing: bool = False) -> None:
+        super().__init__(reason, detail, passing)
+        self.passing = passing
         self.reason = reason if reason in REASONS else "other"
         self.detail = detail
 
@@ -188,6 +191,7 @@ def upload_results(
     timestamp: datetime | None = None,
     s3_client: S3Client | None = None,
     max_bytes: int = _archive.MAX_BYTES,
+    stalled_after: Callable[[], float] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_multipart: Callable[[str, str], None] | None = None,
 ) -> Receipt:
@@ -203,6 +207,8 @@ def upload_results(
         timestamp: in the name; now, in UTC, when not given.
         s3_client: instead of one from boto3's own chain of credentials.
         max_bytes: of all files of a run directory together; those that do not fit are left out.
+        stalled_after: tells the seconds after which it is given up when the bucket takes no byte. It is asked all the
+            time and may change its mind. A bucket that takes some is waited for.
         on_progress: called now and then with the bytes of the archive that have arrived and the bytes of all source
             files. The first can end above the second (the zip's own bytes) or below it (text is deflated).
         on_multipart: called with key and upload id as soon as there is something to abort, and with an empty upload id
@@ -227,6 +233,7 @@ def upload_results(
                 key,
                 total,
                 s3_client,
+                Pace(stalled_after),
                 on_upload_id=lambda upload_id: tell(key, upload_id),
                 on_sent=lambda sent: report(sent, total),
             )
@@ -326,6 +333,7 @@ def _open_sink(
     key: str,
     total: int,
     s3_client: S3Client | None,
+    pace: Pace,
     *,
     on_upload_id: Callable[[str], None],
     on_sent: Callable[[int], None],
@@ -334,9 +342,10 @@ def _open_sink(
         return _FileSink(destination.directory / key, on_upload_id, on_sent)
     from flip_observability import _multipart
 
-    client = s3_client or _multipart.make_client()
+    # Where credentials come from may hang like the bucket.
+    client = s3_client or _multipart.bounded(_multipart.make_client, _multipart.PATIENCE, pace=pace)
     return _multipart.MultipartUpload(
-        client, destination.bucket, key, expected=total, on_upload_id=on_upload_id, on_sent=on_sent
+        client, destination.bucket, key, expected=total, on_upload_id=on_upload_id, on_sent=on_sent, pace=pace
     )
 
 
@@ -390,7 +399,8 @@ def _failure(error: Exception, destination: Destination) -> ResultsUploadError:
         return ResultsUploadError("checksum" if isinstance(error, _NotAsWrittenError) else reason, type(error).__name__)
     from flip_observability import _multipart
 
-    return ResultsUploadError(_multipart.reason_of(error), f"{_multipart.describe(error)}, bucket {destination.bucket}")
+    detail = f"{_multipart.describe(error)}, bucket {destination.bucket}"
+    return ResultsUploadError(_multipart.reason_of(error), detail, _multipart.is_passing(error))
 
 
 # --- a folder as the destination --------------------------------------------------------------------------------------

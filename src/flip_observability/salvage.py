@@ -87,6 +87,7 @@ def salvage(
     destination: Destination,
     model_id: str,
     *,
+    stalled_after: Callable[[], float] | None = None,
     on_multipart: Callable[[str, str], None] | None = None,
 ) -> Receipt:
     """Upload what is left of a run, verified. It takes as long as the transfer.
@@ -95,12 +96,14 @@ def salvage(
         source: where it is.
         destination: bucket or folder.
         model_id: the model's UUID.
-        on_multipart: as for :func:`~flip_observability.results.upload_results`.
+        stalled_after, on_multipart: as for :func:`~flip_observability.results.upload_results`.
 
     Raises:
         ResultsUploadError: whatever went wrong; the source is as it was.
     """
-    return upload_results(source, destination, model_id, suffix=SUFFIX, on_multipart=on_multipart)
+    return upload_results(
+        source, destination, model_id, suffix=SUFFIX, stalled_after=stalled_after, on_multipart=on_multipart
+    )
 
 
 # -- an archive as the source ------------------------------------------------------------------------------------------

@@ -37,7 +37,10 @@ FOLLOW_UP_SECONDS = 72 * 3_600.0
 """How long results are tried for that follow a final status."""
 NOTHING_LEFT_ATTEMPTS = 3
 FIRST_BACKOFF = 2.0
-MAX_BACKOFF = 60.0
+MAX_BACKOFF = 10.0
+"""Of a run whose final status waits: the hub must know it 30 s after the bucket is well again."""
+STALLED_SECONDS = 15.0
+"""An attempt of which the bucket takes no byte for so long is given up, and another one begun."""
 MAX_FOLLOW_UP_BACKOFF = 600.0
 LOOK_SECONDS = 1.0
 NOT_YET_SECONDS = 1.0
@@ -183,7 +186,13 @@ class Salvager:
             ledger.append(Entry(run_id, self._clock(), run={"upload_key": key, "upload_id": upload_id or None}))
 
         with self._source(run, patient) as source:
-            receipt = salvage(source, destination, run["model_id"] or run_id, on_multipart=remember)
+            receipt = salvage(
+                source,
+                destination,
+                run["model_id"] or run_id,
+                stalled_after=lambda: STALLED_SECONDS,
+                on_multipart=remember,
+            )
         columns = _columns(receipt)
         ledger.append(Entry(run_id, self._clock(), run=columns))
         log.info("Run %s: its results were salvaged (%d files, %d bytes).", run_id, receipt.files, receipt.size)

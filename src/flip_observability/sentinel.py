@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from flip_observability.constants import ModelStatus
+from flip_observability.constants import FlareEvents, ModelStatus
 from flip_observability.ending import SALVAGE, UnendedRun, finalise_plainly
 from flip_observability.errors import report
 from flip_observability.ledger import Ledger, LedgerError
@@ -188,7 +188,7 @@ class Sentinel:
             if not self._is_over_without_a_process(run, phase, watch):
                 return WAITING_SECONDS if self._parent is not None else IDLE_SECONDS
         else:
-            if not self._is_gone(run, watch):
+            if not self._is_gone(run, watch) and not _is_left_to_us(ledger, run):
                 return WATCHING_SECONDS
             if self._parent_is_at_it(run, watch):
                 return WATCHING_SECONDS / 2
@@ -331,6 +331,11 @@ class Sentinel:
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
             ledger.close()
+
+
+def _is_left_to_us(ledger: Ledger, run: Mapping[str, Any]) -> bool:
+    """Whether a run's process is done with it, and could not reach the bucket. It may live on, as in a simulator."""
+    return run["intent"] == Ending.UPLOAD_PENDING.value and ledger.has_event(run["run_id"], FlareEvents.END_RUN.value)
 
 
 class _Watch:

@@ -66,6 +66,12 @@ def is_string_empty(value: Any) -> bool:
     return not isinstance(value, str) or not value.strip()
 
 
+def printable(text: str, limit: int) -> str:
+    """Somebody else's text, fit for a line of a log: cut, and its control characters and the like written out."""
+    shown = text if len(text) <= limit else f"{text[:limit]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in shown)
+
+
 class Utils:
     """The functions of this module under the name that FLIP's code calls them by."""
 

@@ -107,6 +107,11 @@ def is_flips_own_workflow(fl_ctx: FLContext) -> bool:
         return False
 
 
+def is_aborted(fl_ctx: FLContext) -> bool:
+    """Whether the run was aborted by now, by a person or because a client's process died."""
+    return getattr(fl_ctx.get_run_abort_signal(), "triggered", None) is True
+
+
 def _from_workspace(fl_ctx: FLContext, read: Callable[[Any], Any]) -> Any:
     try:
         engine = fl_ctx.get_engine()
@@ -177,8 +182,7 @@ def _named(key: str) -> Callable[[FLContext, bool], dict[str, Scalar]]:
 
 
 def _end_near(fl_ctx: FLContext, relay: bool) -> dict[str, Scalar]:
-    signal = fl_ctx.get_run_abort_signal()
-    return {"aborted": True} if getattr(signal, "triggered", None) is True else {}
+    return {"aborted": True} if is_aborted(fl_ctx) else {}
 
 
 def _receipt(fl_ctx: FLContext, relay: bool) -> dict[str, Scalar]:

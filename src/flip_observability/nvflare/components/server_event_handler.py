@@ -208,19 +208,12 @@ class ServerEventHandler(UsesFlip, FLComponent):
             self._ending = True
         failed = self._all_tasks_failed()
         recorder.set_columns(intent=self._decide(recorder, failed, UploadOutcome.PENDING).value)
+        recorder.is_aborted = lambda: context.is_aborted(fl_ctx)
         outcome = self._persist(recorder, fl_ctx)
-        ending = self._decide(recorder, failed, outcome)
-        # Whether a person aborted it or a client died, only the server's parent process knows.
-        left_to_judge = ending is Ending.ABORT_UNRESOLVED and self._foreign is None and recorder.has_judge()
-        status = {
-            Ending.ERROR: ModelStatus.ERROR,
-            Ending.ABORT_UNRESOLVED: ModelStatus.STOPPED,
-            Ending.UPLOAD_FAILED: recorder.contract.upload_failed,
-            Ending.RESULTS_UPLOADED: ModelStatus.RESULTS_UPLOADED,
-        }[ending]
-        effects = recorder.record(FlareEvents.END_RUN, {} if left_to_judge else {"status": status.value})
+        status = self._status(recorder, self._decide(recorder, failed, outcome))
+        effects = recorder.record(FlareEvents.END_RUN, {} if status is None else {"status": status.value})
         self.final_status = recorder.state.final_status
-        if outcome is not UploadOutcome.UPLOADED and not left_to_judge:
+        if outcome is not UploadOutcome.UPLOADED and status is not None:
             recorder.set_columns(intent=SALVAGE)  # the bucket may heal: an observer brings the results later
         seconds = recorder.settings.end_run_seconds
         if effects.status is not None:
@@ -231,6 +224,19 @@ class ServerEventHandler(UsesFlip, FLComponent):
             self.log_warning(
                 fl_ctx, "The hub has not accepted the final status yet; it is kept and sent again", fire_event=False
             )
+
+    def _status(self, recorder: RunRecorder, ending: Ending) -> ModelStatus | None:
+        """The final status of an ending; None when it is left to the observer."""
+        # Whether a person aborted it or a client died, only the server's parent process knows.
+        if ending is Ending.ABORT_UNRESOLVED and self._foreign is None and recorder.has_judge():
+            return None
+        return {
+            Ending.ERROR: ModelStatus.ERROR,
+            Ending.ABORT_UNRESOLVED: ModelStatus.STOPPED,
+            Ending.UPLOAD_FAILED: recorder.contract.upload_failed,
+            Ending.UPLOAD_PENDING: None,
+            Ending.RESULTS_UPLOADED: ModelStatus.RESULTS_UPLOADED,
+        }[ending]
 
     def _decide(self, recorder: RunRecorder, all_tasks_failed: bool, outcome: UploadOutcome) -> Ending:
         return decide_ending(
@@ -262,6 +268,9 @@ class ServerEventHandler(UsesFlip, FLComponent):
             report("persist", error, "the results were not persisted; they stay in the run's directory")
             if "ResultsUploadError" not in kinds:
                 return UploadOutcome.FAILED
+            if getattr(error, "passing", None) is True and self._foreign is None and recorder.has_observer():
+                self.log_warning(fl_ctx, "The bucket cannot be reached: the observer goes on", fire_event=False)
+                return UploadOutcome.PENDING
             reason = str(getattr(error, "reason", "other"))
             attrs = {"reason": reason, "exception_type": type(error).__name__}
             if recorder.settings.capture_exception_messages:
