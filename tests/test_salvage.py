@@ -17,6 +17,7 @@ from nvflare.app_common.storages.filesystem_storage import FilesystemStorage
 
 from flip_observability._kit import Kit
 from flip_observability.demo.bucket import EmbeddedBucket
+from flip_observability.links import NOBODY_LOOKED, SeenLinks, look
 from flip_observability.results import Destination, Receipt, ResultsUploadError, upload_results
 from flip_observability.salvage import RunDirectory, StoredArchive, salvage
 
@@ -69,7 +70,11 @@ class Server:
         store = FilesystemStorage(str(self.root / "jobs"))
         store.create_object("/job", b"", {}, overwrite_existing=True)
         store.update_object("/job", [str(self.run_dir)], WORKSPACE)
-        return StoredArchive(self.root / "jobs" / "job" / WORKSPACE, self.kit)
+        return StoredArchive(self.root / "jobs" / "job" / WORKSPACE, self.kit, links=self.links())
+
+    def links(self) -> SeenLinks:
+        """What was seen in the run directory before it was archived."""
+        return look(self.run_dir) or NOBODY_LOOKED
 
     def directory(self) -> RunDirectory:
         return RunDirectory(self.run_dir, self.kit)
@@ -123,6 +128,55 @@ def test_nothing_of_the_kit_is_in_it(server: Server, source: str) -> None:
     assert b"PRIVATE KEY" not in (server.bucket / MODEL / Path(receipt.uri).name).read_bytes()
 
 
+OUTSIDE = b"CANARY: of another user"
+
+
+@pytest.fixture
+def linked(server: Server, tmp_path: Path) -> Server:
+    """A run with links to what is none of its business, and none of the kit."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("secret.txt", "model.pt"):
+        (outside / name).write_bytes(OUTSIDE + name.encode())
+    (server.run_dir / "notes.txt").symlink_to(outside / "secret.txt")
+    (server.run_dir / "images" / "all").symlink_to(outside)
+    (server.run_dir / "app_server" / "best_FL_global_model.pt").symlink_to(outside / "model.pt")
+    return server
+
+
+def test_what_was_seen_as_a_link_is_not_salvaged(linked: Server, caplog: pytest.LogCaptureFixture) -> None:
+    assert linked.salvage(linked.stored())[1] == LAYOUT
+    assert "3 link" in caplog.text
+    assert "notes" not in caplog.text
+
+
+def test_what_was_a_link_once_is_not_salvaged(linked: Server) -> None:
+    seen = linked.links()
+    (linked.run_dir / "notes.txt").unlink()
+    (linked.run_dir / "notes.txt").write_bytes(b"what the link led to")
+    later = seen.joined(linked.links())
+    assert linked.salvage(dataclasses.replace(linked.stored(), links=later))[1] == LAYOUT
+
+
+@pytest.mark.parametrize(
+    "links", [NOBODY_LOOKED, SeenLinks(complete=False), SeenLinks(complete=True, many=True)], ids=str
+)
+def test_where_nobody_looked_only_what_runs_persist_is_salvaged(linked: Server, links: SeenLinks) -> None:
+    known = {
+        "evaluation_results/evaluation_results.json": b"{}",
+        "models/server.npy": b"\0npy",
+        "error_log.txt": b"an error\n",
+    }
+    for name, content in {**known, "models/deep/FL_global_model.npz": b"", "custom.bin": b"", "x/log.txt": b""}.items():
+        linked._write(linked.run_dir / name, content)
+    (linked.run_dir / "app_server" / "best_FL_global_model.pt").unlink()
+    receipt, found = linked.salvage(dataclasses.replace(linked.stored(), links=links))
+    expected = LAYOUT | known
+    del expected["images/ü.png"]
+    assert found == expected
+    assert any("nobody looked" in text for text in receipt.warnings)
+
+
 def test_links_and_pipes_of_a_directory_are_not_followed(server: Server) -> None:
     (server.run_dir / "elsewhere").symlink_to("/etc")
     (server.run_dir / "passwd").symlink_to("/etc/passwd")
@@ -151,7 +205,7 @@ def hostile(path: Path) -> None:
 
 def test_a_hostile_archive_gives_only_what_is_harmless(server: Server, tmp_path: Path) -> None:
     hostile(tmp_path / "hostile.zip")
-    receipt, found = server.salvage(StoredArchive(tmp_path / "hostile.zip", server.kit))
+    receipt, found = server.salvage(StoredArchive(tmp_path / "hostile.zip", server.kit, links=server.links()))
     assert found == {"setuid": b"yes"}
     with zipfile.ZipFile(Path(receipt.uri.removeprefix("file://"))) as archive:
         assert archive.getinfo("setuid").external_attr >> 16 == stat.S_IFREG | 0o755
@@ -163,7 +217,7 @@ def zipped(server: Server) -> StoredArchive:
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(server.run_dir.rglob("*")):
             archive.write(file, str(file.relative_to(server.run_dir)))
-    return StoredArchive(path, server.kit)
+    return StoredArchive(path, server.kit, links=server.links())
 
 
 @pytest.mark.parametrize("source", [Server.directory, zipped])
@@ -195,7 +249,7 @@ def test_no_more_is_unpacked_than_was_announced(
     path.write_bytes(data)
     tracemalloc.start()
     try:
-        _, found = server.salvage(StoredArchive(path, server.kit))
+        _, found = server.salvage(StoredArchive(path, server.kit, links=server.links()))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -236,7 +290,7 @@ def test_a_member_that_lies_about_its_size_ends_where_it_said(server: Server, tm
     central = data.index(b"PK\1\2")
     data[central + 24 : central + 28] = struct.pack("<I", 1_000)
     path.write_bytes(data)
-    receipt, found = server.salvage(StoredArchive(path, server.kit))
+    receipt, found = server.salvage(StoredArchive(path, server.kit, links=server.links()))
     assert len(found.get("zeros", b"")) <= 1_000
     assert receipt.size < 10_000
 
@@ -252,7 +306,7 @@ def test_a_damaged_member_costs_only_itself(server: Server, tmp_path: Path) -> N
     central = data.index(b"PK\1\2", data.index(b"PK\1\2", data.index(b"PK\1\2") + 4) + 4)
     data[central + 8] |= 1  # the mark of an encrypted member
     path.write_bytes(data)
-    receipt, found = server.salvage(StoredArchive(path, server.kit))
+    receipt, found = server.salvage(StoredArchive(path, server.kit, links=server.links()))
     assert found["whole.txt"] == b"fine"
     assert "encrypted" not in found
     assert any("broken.npz" in warning for warning in receipt.warnings)

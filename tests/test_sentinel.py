@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -586,6 +587,42 @@ def test_the_archive_of_the_job_store_is_taken_when_the_server_is_done_with_it(s
     sentinel.sweep()
     site.wait_for(stored, "intent", "SALVAGED")
     assert site.archive_of(stored) == {"log.txt": b"from the store"}
+
+
+def archived(site: Site, run: Run, path: Path) -> None:
+    """What NVFLARE does when a job is over: archive the run directory, links followed, and remove it."""
+    run_dir = Path(site.row(run)["run_dir"])
+    with zipfile.ZipFile(path, "w") as archive:
+        for folder, _, files in os.walk(run_dir, followlinks=True):
+            for name in files:
+                archive.write(Path(folder) / name, os.path.relpath(Path(folder) / name, run_dir))
+    shutil.rmtree(run_dir)
+    site.parent.archives[run.run_id] = path
+
+
+def test_what_was_behind_a_link_is_not_in_what_is_salvaged(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_bytes(b"CANARY")
+    run = site.begin(site.start())
+    run_dir = Path(site.row(run)["run_dir"])
+    (run_dir / "extra.bin").write_bytes(b"the run's own")
+    (run_dir / "early").symlink_to(tmp_path / "outside" / "secret")
+    sentinel = site.sentinel()
+    sentinel.sweep()  # at a heartbeat
+    wait_until(lambda: site.ledger.links(run.run_id), 10, "the first look")
+    before = site.ledger.links(run.run_id)
+    (run_dir / "late").symlink_to(tmp_path / "outside")
+    site.parent.busy.add(run.run_id)
+    site.children[0].kill()
+    site.children[0].wait()
+    sentinel.sweep()  # at the death
+    wait_until(lambda: site.ledger.links(run.run_id) != before, 10, "the last look")
+    archived(site, run, tmp_path / "workspace")
+    site.parent.busy.clear()
+    site.parent.phases[run.run_id] = Phase.FAILED
+    sentinel.sweep()
+    site.wait_for(run, "intent", "SALVAGED")
+    assert site.archive_of(run) == FILES | {"extra.bin": b"the run's own"}
 
 
 @pytest.mark.parametrize("intent", ["UPLOAD_PENDING", None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -24,9 +25,11 @@ from flip_observability.constants import FlipEvents, ModelStatus
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.ending import SALVAGE
 from flip_observability.ledger import Ledger
+from flip_observability.links import SeenLinks
 from flip_observability.nvflare.components import ServerEventHandler
 from flip_observability.process import current_process
 from flip_observability.results import ResultsUploadError
+from poc import wait_until
 
 MODEL = "0f8fad5b-d9cb-469f-a165-70867728950e"
 
@@ -222,6 +225,23 @@ def test_how_long_an_upload_may_stand_still(aborted: str | None) -> None:
         fl_ctx.set_prop(ReservedKey.RUN_ABORT_SIGNAL, signal, private=True, sticky=False)
         handler.handle_event(event, fl_ctx)
     assert told == [4.0 if aborted else 10.0]
+
+
+def test_links_are_looked_for_when_a_model_is_persisted(tmp_path: Path) -> None:
+    handler, engine = make()
+    run(handler, engine, *TRAINING)
+    recorder = handler._recorder
+    assert recorder is not None
+    run_dir = tmp_path / "job"
+    run_dir.mkdir()
+    (run_dir / "notes").symlink_to("/etc/hostname")
+    recorder.identity = dataclasses.replace(recorder.identity, run_dir=str(run_dir))
+    with Ledger(tmp_path / "ledger") as ledger:
+        run_id = recorder.identity.run_id
+        assert ledger.links(run_id) is None
+        run(handler, engine, AppEventType.AFTER_LEARNABLE_PERSIST)
+        wait_until(lambda: SeenLinks.from_text(ledger.links(run_id)).hold("notes"), 10, "the look")
+        assert SeenLinks.from_text(ledger.links(run_id)).tell_all
 
 
 def test_upload_failed_is_spelled_by_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ _REASONS = {
     "kit": "is a file of the server's kit and was left out",
     "large": "would make the archive larger than it may be and was left out",
     "packed": "is packed in a way that no server packs and was left out",
+    "unknown": "may be what was behind a link, as nobody looked, and was left out",
     "unsafe": "has a name that leads elsewhere and was left out",
     "renamed": "has a name that is not UTF-8 or misleading: such characters are written as %XX in the archive",
 }

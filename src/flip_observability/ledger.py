@@ -33,7 +33,7 @@ from flip_observability.utils import make_private_folder
 log = logging.getLogger(__name__)
 
 FILE_NAME = "ledger.db"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 FL_THREAD_BUSY_MS = 50
 """How long a thread of NVFLARE waits for a ledger that another process is writing to."""
 BUSY_MS = 5_000
@@ -135,7 +135,16 @@ CREATE UNIQUE INDEX events_of_runs ON events (run_id, uid);
 """
 """One index instead of two, and no counter of its own: an event writes three pages, not five."""
 
-_MIGRATIONS: dict[int, str] = {0: _SCHEMA, 1: _INDEXES_OF_METRICS, 2: _SPANS_OF_RUNS, 3: _LEANER_EVENTS}
+_LINKS = "CREATE TABLE links (run_id TEXT PRIMARY KEY, seen TEXT NOT NULL) WITHOUT ROWID"
+"""What was seen as a link in a run's directory: apart from the runs, which are read whole again and again."""
+
+_MIGRATIONS: dict[int, str] = {
+    0: _SCHEMA,
+    1: _INDEXES_OF_METRICS,
+    2: _SPANS_OF_RUNS,
+    3: _LEANER_EVENTS,
+    4: _LINKS,
+}
 """From a schema version to the next one. Version 0 is an empty file."""
 
 _PROBLEMS = "json_patch(?, CASE WHEN json_valid(problems) THEN problems ELSE '{}' END)"
@@ -702,6 +711,28 @@ class Ledger:
         """Whether an event of this name is in a run's history."""
         return bool(self._rows("SELECT 1 FROM events WHERE run_id = ? AND name = ? LIMIT 1", (run_id, name)))
 
+    def links(self, run_id: str) -> str | None:
+        """What was seen of a run's links; None when nobody has looked."""
+        rows = self._rows("SELECT seen FROM links WHERE run_id = ?", (run_id,))
+        return str(rows[0][0]) if rows else None
+
+    def note_links(self, run_id: str, merge: Callable[[str | None], str]) -> None:
+        """Write down what was seen of a run's links.
+
+        Args:
+            run_id: the run.
+            merge: from what is known, None at first, to what is known now. Nothing is written when that is the same.
+        """
+        known = self.links(run_id)
+        if merge(known) == known:
+            return
+        with self._transaction() as db:
+            found = db.execute("SELECT seen FROM links WHERE run_id = ?", (run_id,)).fetchall()
+            value = merge(str(found[0][0]) if found else None)
+            db.execute(
+                "INSERT INTO links VALUES (?1, ?2) ON CONFLICT (run_id) DO UPDATE SET seen = ?2", (run_id, value)
+            )
+
     def claim_root(self, run_id: str, owner: str) -> bool:
         """Whether the caller may export the run's root span; true for exactly one caller."""
         with self._transaction() as db:
@@ -887,8 +918,9 @@ class Ledger:
                 f"id <= ({read}) AND (run_id IN ({old}) OR (run_id IS NULL AND time < :cutoff))",
             ),
             ("outbox", "id", f"state != 'pending' AND (run_id IN ({old}) OR (run_id IS NULL AND done < :cutoff))"),
-            # A run goes last of all: an event of a run that is no more would never be found again.
+            # A run goes after its events: an event of a run that is no more would never be found again.
             ("runs", "run_id", f"run_id IN ({old}) AND NOT EXISTS (SELECT 1 FROM events AS e WHERE e.run_id = {this})"),
+            ("links", "run_id", "run_id NOT IN (SELECT run_id FROM runs)"),
         )
         gone = 0
         for table, key, where in jobs:

@@ -27,6 +27,7 @@ from flip_observability.ledger import (
     set_aside,
 )
 from flip_observability.lifecycle import Effects, Event, RunState, Scalar
+from flip_observability.links import LinkWatcher
 from flip_observability.log_ids import put_on_records, take_off_records
 from flip_observability.process import current_process
 from flip_observability.run_trace import RunTrace
@@ -114,6 +115,7 @@ class RunRecorder:
         self._dispatcher_ledger: Ledger | None = None
         self._fallback: _Fallback | None = None
         self._spool = Spool(directory)
+        self._links = LinkWatcher(directory)
         self._final_uid: str | None = None
         self._due = [0.0] * len(_CHORES)
         self._unmoved = 0
@@ -177,6 +179,11 @@ class RunRecorder:
     def multipart(self, key: str, upload_id: str) -> None:
         """Remember an upload in progress, so that a killed one can be aborted."""
         self.set_columns(upload_key=key, upload_id=upload_id or None)
+
+    def look_for_links(self) -> None:
+        """Have links in the run's directory written down, on a thread of its own, for whoever may salvage it."""
+        if self.identity.run_dir:
+            self._links.want(self.identity.run_id, Path(self.identity.run_dir))
 
     def has_judge(self) -> bool:
         """Whether somebody watches this ledger whom the server's parent process tells how jobs end."""

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
@@ -20,6 +21,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 from flip_observability import _archive
 from flip_observability._kit import Kit
 from flip_observability._names import Names
+from flip_observability.links import NOBODY_LOOKED, SeenLinks
 from flip_observability.results import Content, Destination, DirectoryContent, Receipt, upload_results
 
 SUFFIX = "-salvaged"
@@ -32,6 +34,16 @@ MAX_NAME_BYTES = 4096
 PACKINGS = frozenset({ZIP_STORED, ZIP_DEFLATED})
 """How a server packs. Others are unpacked a whole block at a time, whatever size is announced: bzip2 makes a GiB of 500
 bytes in one go."""
+KNOWN = (
+    *(f"{folder}/{base}" for base, folders in _archive.LIFTED.items() for folder in folders),
+    *("FL_global_model.*", "best_FL_global_model.*"),
+    *("models/FL_global_model.*", "models/best_FL_global_model.*", "models/server.npy", "models/best_numpy.npy"),
+    *("cross_site_val/*.json", "cross_site_val/result_shareables/*", "evaluation_results/*.json"),
+    *("log.txt", "log.json", "log_error.txt", "log_fl.txt", "error_log.txt", "audit.log"),
+    *("meta.json", "stats_pool_summary.json", "stats_pool_records.csv"),
+)
+"""What runs are known to persist: models, results of validations and evaluations, NVFLARE's logs. It is all that is
+taken of an archive of which nobody knows what was a link when it was made. ``*`` stands for a part of one step."""
 _SNIFFED_BYTES = 4096
 _UNREADABLE = (BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError)
 """What ``zipfile`` raises for a member that is damaged, encrypted, or packed in a way it does not know."""
@@ -65,11 +77,13 @@ class StoredArchive:
         path: the zip.
         kit: what is left out.
         max_bytes: of all files together; those that do not fit are left out.
+        links: what was seen as a link in the run directory, because the archive holds what was behind it.
     """
 
     path: Path
     kit: Kit
     max_bytes: int = _archive.MAX_BYTES
+    links: SeenLinks = NOBODY_LOOKED
 
     @contextmanager
     def open(self) -> Iterator[Content]:
@@ -77,7 +91,7 @@ class StoredArchive:
             with self.path.open("rb") as file, ZipFile(file) as archive:
                 members = _members(archive)
                 _refuse_bomb(members, os.fstat(file.fileno()).st_size)
-                yield _ArchiveContent(archive, members, self.kit, self.max_bytes)
+                yield _ArchiveContent(archive, members, self.kit, self.max_bytes, self.links)
         except BadZipFile as error:
             raise _archive.SourceError(type(error).__name__) from error
 
@@ -129,6 +143,7 @@ class _ArchiveContent:
     members: dict[str, ZipInfo]
     kit: Kit
     max_bytes: int
+    links: SeenLinks
 
     def total_size(self) -> int:
         budget = _archive.Budget(self.max_bytes)
@@ -153,12 +168,24 @@ class _ArchiveContent:
         lifted = set()
         for base, folders in _archive.LIFTED.items():
             found = next((f"{folder}/{base}" for folder in folders if f"{folder}/{base}" in self.members), None)
-            if found is not None and _is_acceptable(self.members[found], notes):
+            if found is not None and self._is_acceptable(self.members[found], notes):
                 lifted.add(base)
                 yield base, self.members[found]
         for name, info in self.members.items():
-            if name not in lifted and not _is_left_out(name) and _is_acceptable(info, notes):
+            if name not in lifted and not _is_left_out(name) and self._is_acceptable(info, notes):
                 yield name, info
+
+    def _is_acceptable(self, info: ZipInfo, notes: _archive.Notes) -> bool:
+        reason = _objection(info) or self._doubt(info.filename)
+        if reason is not None:
+            notes.add(reason, info.filename)
+        return reason is None
+
+    def _doubt(self, path: str) -> str | None:
+        """Why a member is, or may be, what was behind a link; None when it is not."""
+        if self.links.hold(path.removesuffix("/")):
+            return "link"
+        return None if self.links.tell_all or path.endswith("/") or _is_known(path) else "unknown"
 
     def _copy(self, target: ZipFile, name: str, info: ZipInfo, notes: _archive.Notes) -> int:
         try:
@@ -198,11 +225,9 @@ def _is_left_out(name: str) -> bool:
     return any(name.rstrip("/") == folder or name.startswith(f"{folder}/") for folder in _archive.LEFT_OUT)
 
 
-def _is_acceptable(info: ZipInfo, notes: _archive.Notes) -> bool:
-    reason = _objection(info)
-    if reason is not None:
-        notes.add(reason, info.filename)
-    return reason is None
+def _is_known(path: str) -> bool:
+    steps = path.count("/")
+    return any(pattern.count("/") == steps and fnmatchcase(path, pattern) for pattern in KNOWN)
 
 
 def _objection(info: ZipInfo) -> str | None:

@@ -25,6 +25,7 @@ from flip_observability.errors import report
 from flip_observability.hub import CONTRACTS
 from flip_observability.ledger import Entry, Ledger, LedgerError
 from flip_observability.lifecycle import Event, Fact
+from flip_observability.links import SeenLinks
 from flip_observability.results import Destination, Receipt, ResultsUploadError, abort_upload
 from flip_observability.salvage import RunDirectory, StoredArchive, salvage
 from flip_observability.settings import Settings
@@ -185,7 +186,7 @@ class Salvager:
         def remember(key: str, upload_id: str) -> None:
             ledger.append(Entry(run_id, self._clock(), run={"upload_key": key, "upload_id": upload_id or None}))
 
-        with self._source(run, patient) as source:
+        with self._source(ledger, run, patient) as source:
             receipt = salvage(
                 source,
                 destination,
@@ -211,13 +212,13 @@ class Salvager:
                 log.info("Run %s: uploads that were begun cannot be looked for (%s).", run["run_id"], error.reason)
 
     @contextmanager
-    def _source(self, run: Mapping[str, Any], patient: bool) -> Iterator[RunDirectory | StoredArchive]:
+    def _source(self, ledger: Ledger, run: Mapping[str, Any], patient: bool) -> Iterator[RunDirectory | StoredArchive]:
         run_dir = Path(run["run_dir"]) if run["run_dir"] else None
         kit = Kit(run_dir.parent) if run_dir is not None else Kit(self._directory)
         most = self._settings.results_max_bytes
         with self._archive(run, patient) as archive:
             if archive is not None:
-                yield StoredArchive(archive, kit, most)
+                yield StoredArchive(archive, kit, most, SeenLinks.from_text(ledger.links(run["run_id"])))
             elif run_dir is not None and run_dir.is_dir():
                 yield RunDirectory(run_dir, kit, most)
             else:

@@ -20,6 +20,7 @@ from flip_observability.ending import SALVAGE, UnendedRun, finalise_plainly
 from flip_observability.errors import report
 from flip_observability.ledger import Ledger, LedgerError
 from flip_observability.lifecycle import Ending
+from flip_observability.links import LinkWatcher
 from flip_observability.process import ProcessIdentity
 from flip_observability.run_trace import complete_traces
 from flip_observability.salvager import BY, PATIENCE_SECONDS, JobStore, Salvager
@@ -117,6 +118,7 @@ class Sentinel:
             clock=clock,
             monotonic=monotonic,
         )
+        self._links = LinkWatcher(directory)
         self._ledger: Ledger | None = None
         self._watches: dict[str, _Watch] = {}
         self._spools_taken = False
@@ -188,7 +190,9 @@ class Sentinel:
             if not self._is_over_without_a_process(run, phase, watch):
                 return WAITING_SECONDS if self._parent is not None else IDLE_SECONDS
         else:
-            if not self._is_gone(run, watch) and not _is_left_to_us(ledger, run):
+            gone = self._is_gone(run, watch)
+            self._look_for_links(run, watch, gone)
+            if not gone and not _is_left_to_us(ledger, run):
                 return WATCHING_SECONDS
             if self._parent_is_at_it(run, watch):
                 return WATCHING_SECONDS / 2
@@ -227,6 +231,13 @@ class Sentinel:
                 f"process {run['pid']} of run {run['run_id']} lives and was not heard for {silent / 60:.0f} min. "
                 "Where it is stopped, or is no run's process, end it or the job, or finalize the run",
             )
+
+    def _look_for_links(self, run: Mapping[str, Any], watch: _Watch, gone: bool) -> None:
+        """Have them looked for, at each heartbeat and when the process is gone, before NVFLARE archives the folder."""
+        sign = run["heartbeat"], gone
+        if run["run_dir"] and watch.looked != sign:
+            watch.looked = sign
+            self._links.want(run["run_id"], Path(run["run_dir"]))
 
     def _parent_is_at_it(self, run: Mapping[str, Any], watch: _Watch) -> bool:
         """Whether the server is about to say how the job ended: a moment after the process, and never for long."""
@@ -346,6 +357,7 @@ class _Watch:
         self.not_before = 0.0
         self.silence_told = False
         self._heartbeat: tuple[Any, float] | None = None
+        self.looked: tuple[Any, bool] | None = None
         self.seen_alive: float | None = None
         self.seen_gone: float | None = None
         self._since: dict[str, float] = {}

@@ -185,6 +185,9 @@ class ServerEventHandler(UsesFlip, FLComponent):
         if "uri" in attrs:
             recorder.set_columns(**{f"results_{key}": attrs.get(key) for key in context.RESULT_PROPS})
 
+    def _look_for_links(self, recorder: RunRecorder, attrs: dict[str, Any], fl_ctx: FLContext) -> None:
+        recorder.look_for_links()
+
     def _relay_metric(self, recorder: RunRecorder, attrs: dict[str, Any], fl_ctx: FLContext) -> None:
         metric = context.metric_of(fl_ctx)
         model_id = recorder.identity.model_id
@@ -281,6 +284,7 @@ class ServerEventHandler(UsesFlip, FLComponent):
 
 
 _AFTER = {
+    FlareEvents.AFTER_LEARNABLE_PERSIST.value: ServerEventHandler._look_for_links,
     FlipEvents.RESULTS_UPLOAD_COMPLETED.value: ServerEventHandler._keep_receipt,
     FlipEvents.SEND_RESULT.value: ServerEventHandler._relay_metric,
 }
