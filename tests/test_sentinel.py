@@ -77,12 +77,18 @@ class Site:
         self.sentinels: list[Sentinel] = []
 
     def sentinel(
-        self, *, parent: bool = True, patience: Patience | None = None, tracing: Tracing | None = None
+        self,
+        *,
+        parent: bool = True,
+        patience: Patience | None = None,
+        tracing: Tracing | None = None,
+        workspace: Path | None = None,
     ) -> Sentinel:
         sentinel = Sentinel(
             Settings(**self.variables),  # type: ignore[arg-type]
             self.directory,
             parent=self.parent if parent else None,
+            workspace=workspace,
             patience=patience or Patience(),
             tracing=tracing,
             monotonic=lambda: time.monotonic() + self.time,
@@ -587,6 +593,26 @@ def test_the_archive_of_the_job_store_is_taken_when_the_server_is_done_with_it(s
     sentinel.sweep()
     site.wait_for(stored, "intent", "SALVAGED")
     assert site.archive_of(stored) == {"log.txt": b"from the store"}
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_kit_is_that_of_the_servers_own_workspace(site: Site, tmp_path: Path, stored: bool) -> None:
+    """Wherever a row of the ledger says that the run's directory is."""
+    key = tmp_path / "workspace" / "startup" / "server.key"
+    key.parent.mkdir(parents=True)
+    key.write_bytes(b"CANARY key")
+    run = site.begin()
+    run_dir = Path(site.row(run)["run_dir"])
+    (run_dir / "notes.txt").hardlink_to(key)
+    (run_dir / "log.json").write_bytes(key.read_bytes())
+    if stored:
+        archived(site, run, tmp_path / "archive")
+        site.parent.phases[run.run_id] = Phase.FAILED
+    site.sentinel(workspace=tmp_path / "workspace").sweep()
+    site.wait_for(run, "intent", "SALVAGED")
+    found = site.archive_of(run)
+    assert found.get("log.txt") == FILES["log.txt"]
+    assert b"CANARY" not in b"".join(found.values())
 
 
 def archived(site: Site, run: Run, path: Path) -> None:

@@ -81,6 +81,7 @@ class Salvager:
         directory: the ledger's folder.
         store: the server's job store; None beside a server, where only run directories can be seen.
         on_final: called when a final status has been written.
+        workspace: the server's, whose kit must not be in any results; where a run's directory lies when None.
         patience: seconds that a final status waits.
         clock, monotonic: in seconds.
     """
@@ -92,12 +93,13 @@ class Salvager:
         store: JobStore | None,
         on_final: Callable[[], None],
         *,
+        workspace: Path | None = None,
         patience: float = PATIENCE_SECONDS,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._directory, self._store, self._on_final = settings, directory, store, on_final
-        self._patience, self._clock, self._monotonic = patience, clock, monotonic
+        self._workspace, self._patience, self._clock, self._monotonic = workspace, patience, clock, monotonic
         self._wake = threading.Condition()
         self._tasks: list[_Task] = []
         self._known: set[str] = set()
@@ -214,7 +216,7 @@ class Salvager:
     @contextmanager
     def _source(self, ledger: Ledger, run: Mapping[str, Any], patient: bool) -> Iterator[RunDirectory | StoredArchive]:
         run_dir = Path(run["run_dir"]) if run["run_dir"] else None
-        kit = Kit(run_dir.parent) if run_dir is not None else Kit(self._directory)
+        kit = Kit(self._workspace or (run_dir or self._directory).parent)
         most = self._settings.results_max_bytes
         with self._archive(run, patient) as archive:
             if archive is not None:

@@ -87,6 +87,7 @@ class Sentinel:
         settings: of this server.
         directory: the ledger's folder.
         parent: what the server knows of jobs; None beside a server, where processes alone tell.
+        workspace: the server's, whose kit must not be in any results; where a run's directory lies when None.
         on_final: called when a final status was written, so that the dispatcher need not find it by itself.
         tracing: where spans go that a dead process left open; this process's own when None.
         patience: how long it waits for what.
@@ -99,6 +100,7 @@ class Sentinel:
         directory: Path,
         *,
         parent: Parent | None = None,
+        workspace: Path | None = None,
         on_final: Callable[[], None] = lambda: None,
         tracing: Tracing | None = None,
         patience: Patience = Patience(),
@@ -114,6 +116,7 @@ class Sentinel:
             directory,
             parent,
             self._tell,
+            workspace=workspace,
             patience=patience.salvage,
             clock=clock,
             monotonic=monotonic,

@@ -121,7 +121,7 @@ class ServerObserver(FLComponent):
             root = context.workspace_root(fl_ctx) or Path.cwd()
             directory = _ledger_directory(settings, root)
             parent = ServerParent(fl_ctx)
-            self._sentinel = Sentinel(settings, directory, parent=parent)
+            self._sentinel = Sentinel(settings, directory, parent=parent, workspace=root)
             tls = TLS(*(Path(name) if name else None for name in (self.tls_cert, self.tls_key, self.client_ca)))
             observer = Observer(
                 settings,
