@@ -61,13 +61,13 @@ def moto() -> Iterator[tuple[str, int]]:
 def proxy(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     proxy = FaultProxy(moto)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
-    _multipart.make_client().create_bucket(Bucket="results")
+    _multipart.make_client().create_bucket(Bucket="stalled")
     yield proxy
     proxy.stop()
 
 
 def upload(run_dir: Path, limit: float = LIMIT, **arguments: Any) -> Receipt:
-    return upload_results(run_dir, Destination.parse("s3://results"), MODEL, stalled_after=lambda: limit, **arguments)
+    return upload_results(run_dir, Destination.parse("s3://stalled"), MODEL, stalled_after=lambda: limit, **arguments)
 
 
 def failure(run_dir: Path, limit: float = LIMIT, **arguments: Any) -> tuple[ResultsUploadError, float]:
@@ -139,7 +139,7 @@ def test_an_abort_makes_patience_short_while_it_lasts(run_dir: Path, monkeypatch
         threading.Timer(0.5, lambda: limit.__setitem__(0, 1.0)).start()
         begun = time.monotonic()
         with pytest.raises(ResultsUploadError):
-            upload_results(run_dir, Destination.parse("s3://results"), MODEL, stalled_after=lambda: limit[0])
+            upload_results(run_dir, Destination.parse("s3://stalled"), MODEL, stalled_after=lambda: limit[0])
     assert time.monotonic() - begun < 5
 
 
