@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from nvflare.apis.fl_context import FLContext, FLContextManager
 
 from flare_run import JOB_ID, MODEL_ID, Run
-from flip_observability.nvflare.model_id import MAX_BYTES, model_id_of_run, resolve_model_id
+from flip_observability.nvflare.model_id import MAX_BYTES, model_id_of_job, model_id_of_run, resolve_model_id
 
 IN_CONFIG, IN_PROPS, IN_NAME = (f"{digit * 8}-0000-4000-8000-000000000000" for digit in "123")
 
@@ -121,3 +123,89 @@ def test_what_is_no_file_does_not_hold_the_run(run: Run, kind: str) -> None:
     else:
         path.symlink_to({"dangling": "nowhere", "loop": path.name, "device": "/dev/zero"}[kind])
     assert resolve_model_id(run.context()) == IN_PROPS
+
+
+# -- what the server's parent process finds ----------------------------------------------------------------------------
+
+
+def configured(run: Run, text: str, name: str = "config_fed_server.json") -> Path:
+    """Give the run's job a server configuration."""
+    folder = Path(run.dir) / "app_server" / "config"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def with_argument(value: Any, **more: Any) -> str:
+    handler = {
+        "id": "h",
+        "path": "flip_observability.nvflare.components.ServerEventHandler",
+        "args": {"model_id": value},
+    }
+    return json.dumps({"components": [{"id": "p", "path": "a.B"}, handler], **more})
+
+
+def test_parent_and_job_ask_the_same_sources_in_the_same_order(run: Run) -> None:
+    file = configured(run, with_argument(MODEL_ID.upper()))
+    fl_ctx = run.context_without_meta()
+    assert model_id_of_job(run.dir) == resolve_model_id(fl_ctx, MODEL_ID.upper()) == MODEL_ID
+    for argument in ("", None, "no-uuid", 7):
+        file.write_text(with_argument(argument))
+        assert model_id_of_job(run.dir) == resolve_model_id(fl_ctx, str(argument or "")) == IN_CONFIG
+    run.config_file.unlink()
+    assert model_id_of_job(run.dir) == resolve_model_id(fl_ctx) == IN_PROPS
+    run.meta_file.write_text(json.dumps({"name": IN_NAME}))
+    assert model_id_of_job(run.dir) == resolve_model_id(fl_ctx) == IN_NAME
+    file.unlink()
+    assert model_id_of_job(run.dir) == IN_NAME
+
+
+def test_an_argument_that_refers_to_the_configurations_own_value(run: Run) -> None:
+    configured(run, with_argument("{model_id}", model_id=MODEL_ID))
+    assert model_id_of_job(run.dir) == MODEL_ID
+
+
+HANDLER = "flip_observability.nvflare.components.ServerEventHandler"
+NOT_FOR_THE_PARENT = {
+    "HOCON": ("config_fed_server.conf", f'components = [{{path = "{HANDLER}", args {{model_id = "{MODEL_ID}"}}}}]'),
+    "YAML": ("config_fed_server.yml", f"components:\n- path: {HANDLER}\n  args:\n    model_id: {MODEL_ID}\n"),
+    "another's variable": ("config_fed_server.json", with_argument("{$MODEL}")),
+    "broken": ("config_fed_server.json", with_argument(MODEL_ID)[:-1]),
+    "nested too deeply": ("config_fed_server.json", "[" * 200_000),
+    "too large": ("config_fed_server.json", with_argument(MODEL_ID) + " " * MAX_BYTES),
+    "odd": ("config_fed_server.json", '{"components": [7]}'),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FOR_THE_PARENT)
+def test_what_only_the_job_itself_can_tell_is_not_guessed(run: Run, case: str) -> None:
+    name, text = NOT_FOR_THE_PARENT[case]
+    configured(run, text, name)
+    assert model_id_of_job(run.dir) is None
+
+
+def test_other_forms_that_do_not_name_the_model_leave_it_to_the_other_sources(run: Run) -> None:
+    configured(run, f'components = [{{path = "{HANDLER}"}}]', "config_fed_server.conf")
+    assert model_id_of_job(run.dir) == IN_CONFIG
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "dangling", "loop", "device"])
+def test_a_configuration_that_is_no_file_does_not_hold_the_server(run: Run, kind: str) -> None:
+    path = configured(run, "")
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"dangling": "nowhere", "loop": path.name, "device": "/dev/zero"}[kind])
+    assert model_id_of_job(run.dir) is None
+
+
+def test_the_server_has_no_parser_but_that_of_json() -> None:
+    """What a job brings in another form is never parsed in the process that must outlive every job."""
+    look = (
+        "import sys, flip_observability.nvflare.server_observer;"
+        "assert not [name for name in sys.modules if 'nvflare.config_' in name and 'flip' in name]"
+    )
+    subprocess.run([sys.executable, "-c", look], check=True, timeout=120)

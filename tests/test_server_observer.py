@@ -29,7 +29,7 @@ from flip_observability.client import detach
 from flip_observability.demo.scenarios import MODEL_FILE
 from flip_observability.ledger import JUDGE, Entry, Ledger
 from flip_observability.nvflare.components import ServerEventHandler, ValidationJsonGenerator
-from flip_observability.nvflare.server_observer import ServerObserver, _configured_model_id, _Registrar
+from flip_observability.nvflare.server_observer import ServerObserver, _Registrar
 from flip_observability.process import current_process
 from flip_observability.settings import Settings
 from flip_observability.utils import is_valid_uuid
@@ -221,24 +221,6 @@ def test_odd_events_do_no_harm(server: Server, data: Any) -> None:
         server.fire(event, **{FLContextKey.EVENT_DATA: data, FLContextKey.JOB_META: data})
     server.fire(EventType.JOB_STARTED, **{FLContextKey.EVENT_DATA: {"job_id": JOB}})
     wait_until(lambda: server.row(JOB), 10, "what comes later is registered")
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("config_fed_server.json", '{"components": [{"path": "a.ServerEventHandler", "args": {"model_id": "%s"}}]}'),
-        ("config_fed_server.conf", 'components = [{path = "a.ServerEventHandler", args {model_id = "%s"}}]'),
-        ("config_fed_server.yml", "components:\n- path: a.ServerEventHandler\n  args:\n    model_id: %s\n"),
-    ],
-)
-def test_the_configurations_forms(tmp_path: Path, name: str, text: str) -> None:
-    config = tmp_path / "app_server" / "config"
-    config.mkdir(parents=True)
-    assert _configured_model_id(tmp_path) is None
-    (config / name).write_text(text % MODEL)
-    assert _configured_model_id(tmp_path) == MODEL
-    (config / name).write_text("{[broken")
-    assert _configured_model_id(tmp_path) is None
 
 
 def test_a_registrar_that_is_overrun_counts_and_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.fuel.utils.config import ConfigFormat
 
 from flip_observability.errors import report
 from flip_observability.nvflare import context
@@ -18,8 +20,11 @@ from flip_observability.utils import canonical_uuid
 
 APP_CONFIG = "app_server/custom/config.json"
 JOB_META = "meta.json"
-MAX_BYTES = 4 * 1024 * 1024
-"""A larger file is not read: these hold a few settings, and the run's memory is not ours to fill."""
+SERVER_CONFIG = "app_server/config/config_fed_server"
+HANDLER = ".ServerEventHandler"
+MAX_BYTES = 1024 * 1024
+"""A larger file is not read: these hold a few settings, and the memory of server and run is not ours to fill."""
+_VARIABLE = re.compile(r"\{(\w+)\}")
 
 
 def resolve_model_id(fl_ctx: FLContext, configured: str | None = "") -> str | None:
@@ -52,6 +57,56 @@ def model_id_of_run(run_dir: str | os.PathLike[str], job_meta: Mapping[str, Any]
     return next(filter(None, map(canonical_uuid, _named_in(run_dir, job_meta))), None)
 
 
+def model_id_of_job(run_dir: str | os.PathLike[str]) -> str | None:
+    """Find the model id of a job that has begun, for the server's parent process: as the job's own process will.
+
+    Of what a job brings only plain JSON is parsed in that process, which must outlive every job. None also means that
+    only the job's process can tell: its configuration has another form, or names the model by what is not in it.
+    """
+    found = server_config(run_dir)
+    argument = "" if found is None else _argument_in(*found)
+    return None if argument is None else canonical_uuid(argument) or model_id_of_run(run_dir)
+
+
+def server_config(run_dir: str | os.PathLike[str]) -> tuple[str, bytes | None] | None:
+    """Read the server's configuration in a run's folder that NVFLARE takes.
+
+    Returns:
+        Its file's extension and its bytes, None for what is not to be read (too large, a link, a pipe); or None when
+        the folder has no configuration.
+    """
+    root = Path(run_dir).resolve()
+    for extension in ConfigFormat.config_ext_formats():
+        name = SERVER_CONFIG + extension
+        if os.path.lexists(root / name):
+            try:
+                return extension, _read_bytes(_inside(root, name))
+            except (OSError, ValueError) as error:
+                report("model_id", error, "cannot read the server's configuration of a job")
+                return extension, None
+    return None
+
+
+def _argument_in(extension: str, content: bytes | None) -> str | None:
+    """What the configuration gives the event handler as the model id; None when that cannot be told from here."""
+    if content is None:
+        return None
+    if not extension.startswith(".json"):
+        return None if b"model_id" in content else ""
+    try:
+        data = json.loads(content)
+        listed = data.get("components") or []
+        handler: Mapping[str, Any] = next((item for item in listed if str(item.get("path", "")).endswith(HANDLER)), {})
+        argument = str((handler.get("args") or {}).get("model_id") or "")
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        report("model_id", error, "cannot read the server's configuration of a job")
+        return None
+    variable = _VARIABLE.fullmatch(argument)
+    if variable and variable[1] in data:
+        return str(data[variable[1]])
+    return None if "{" in argument and canonical_uuid(argument) is None else argument
+
+
 def _candidates(fl_ctx: FLContext) -> Iterator[Any]:
     yield from _named_in(context.run_directory(fl_ctx), fl_ctx.get_prop(FLContextKey.JOB_META, None))
 
@@ -69,16 +124,22 @@ def _named_in(run_dir: str | os.PathLike[str], job_meta: Any) -> Iterator[Any]:
 
 def _read_object(root: Path | None, name: str) -> Mapping[str, Any]:
     """Read a JSON object below the run's folder; an empty one when it is missing, no such thing, or a link."""
-    path = root / name if root is not None else None
-    # A link could lead to another job's file, and to a device that never ends.
-    if path is None or not path.exists() or path.resolve() != path:
+    if root is None or not (root / name).exists():
         return {}
     try:
-        content = json.loads(_read_bytes(path))
+        content = json.loads(_read_bytes(_inside(root, name)))
     except (OSError, ValueError, RecursionError) as error:
         report("model_id", error, f"cannot read {name} of the run; it names no model id")
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _inside(root: Path, name: str) -> Path:
+    # A link could lead to another job's file, and to a device that never ends.
+    path = root / name
+    if os.path.realpath(path) != str(path):
+        raise OSError("a link on the way")
+    return path
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -21,14 +21,12 @@ from nvflare.apis.job_def import JobMetaKey, RunStatus
 from nvflare.apis.job_launcher_spec import JobLauncherSpec
 from nvflare.apis.storage import WORKSPACE
 from nvflare.app_common.job_launcher.process_launcher import ProcessJobLauncher
-from nvflare.fuel.utils.config import ConfigFormat
 
 from flip_observability.errors import report
 from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT, TLS
 from flip_observability.ledger import Entry, Ledger
 from flip_observability.nvflare import context
-from flip_observability.nvflare.config_text import MAX_BYTES, ConfigTextError, decode, parse
-from flip_observability.nvflare.model_id import model_id_of_run
+from flip_observability.nvflare.model_id import model_id_of_job, model_id_of_run, server_config
 from flip_observability.observer import Observer
 from flip_observability.recorder import new_run_id
 from flip_observability.sentinel import Phase, Sentinel
@@ -43,7 +41,6 @@ ID_PAUSE_SECONDS = 0.1
 ATTEMPTS = 3
 MARK = b"flip_observability"
 """What the configuration of a job holds that has our components."""
-HANDLER = ".ServerEventHandler"
 
 _PHASES: Mapping[str, Phase] = {
     RunStatus.SUBMITTED.value: Phase.WAITING,
@@ -332,7 +329,7 @@ class _Registrar:
         if _is_somebody_elses(run_dir):
             ledger.forget_run(new_run_id(job_id))
             return
-        self._register(ledger, job_id, _configured_model_id(run_dir) or model_id_of_run(run_dir))
+        self._register(ledger, job_id, model_id_of_job(run_dir))
 
     def _register(self, ledger: Ledger, job_id: str, model_id: str | None) -> None:
         run_id = canonical_uuid(job_id)
@@ -350,31 +347,7 @@ class _Registrar:
             self._on_registered()
 
 
-def _configs(run_dir: Path) -> Iterator[tuple[bytes, ConfigFormat]]:
-    for extension, form in ConfigFormat.config_ext_formats().items():
-        path = run_dir / "app_server" / "config" / f"config_fed_server{extension}"
-        if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_BYTES:
-            yield path.read_bytes(), form
-
-
 def _is_somebody_elses(run_dir: Path) -> bool:
     """Whether a job was deployed without our components: then it ends its runs itself."""
-    configs = [content for content, _ in _configs(run_dir)]
-    return bool(configs) and not any(MARK in content for content in configs)
-
-
-def _configured_model_id(run_dir: Path) -> str | None:
-    """The model id that the job's configuration gives our event handler."""
-    for content, form in _configs(run_dir):
-        try:
-            components = parse(decode(content), form).get("components")
-        except ConfigTextError as error:
-            report("server_observer", error, "cannot read the configuration of a job; it names no model id")
-            continue
-        for component in components if isinstance(components, list) else []:
-            if isinstance(component, Mapping) and str(component.get("path", "")).endswith(HANDLER):
-                arguments = component.get("args")
-                found = canonical_uuid(arguments.get("model_id")) if isinstance(arguments, Mapping) else None
-                if found is not None:
-                    return found
-    return None
+    found = server_config(run_dir)
+    return found is not None and found[1] is not None and MARK not in found[1]
