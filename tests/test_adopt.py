@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import operator
 import os
 import random
+import stat
 import threading
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,10 @@ from nvflare.private.fed.server.server_json_config import ServerJsonConfigurator
 
 from command_line import flip_obs
 from flip_observability import editing
+from flip_observability.component_paths import CLASS_OF, TO_OURS
 from flip_observability.demo import job as demo_job
 from flip_observability.demo.scenarios import SCENARIOS
+from flip_observability.editing import Plan
 from flip_observability.nvflare import adopt, components, config_text
 from flip_observability.nvflare.adopt import AdoptError, EditError
 from server_kit import snapshot
@@ -80,16 +86,16 @@ def make(folder: Path, text: str, name: str = "config_fed_server.json", app: str
     return file
 
 
-def do(job: Path, **more: Any) -> list[adopt.FilePlan]:
-    plans = adopt.plan(job, **more)
-    adopt.apply(plans)
-    return plans
+def do(job: Path, **more: Any) -> Plan:
+    wanted = adopt.plan(job, **more)
+    wanted.apply()
+    return wanted
 
 
-def undo(job: Path) -> list[adopt.FilePlan]:
-    plans = adopt.plan_undo(job)
-    adopt.apply(plans)
-    return plans
+def undo(job: Path) -> Plan:
+    wanted = adopt.plan_undo(job)
+    wanted.apply()
+    return wanted
 
 
 def loaded(file: Path) -> Any:
@@ -99,8 +105,8 @@ def loaded(file: Path) -> Any:
     return config.to_dict()
 
 
-def notes(plans: list[adopt.FilePlan]) -> str:
-    return "\n".join(note for plan in plans for note in plan.notes)
+def notes(wanted: Plan) -> str:
+    return "\n".join(wanted.lines)
 
 
 # -- FLIP's jobs -----------------------------------------------------------------------------------------------------
@@ -128,8 +134,8 @@ def test_modules_that_exported_recipes_name(tmp_path: Path) -> None:
 
 
 def test_the_table_names_classes_that_exist() -> None:
-    assert {path.rsplit(".", 1)[1] for path in adopt.TO_OURS.values()} == set(components.__all__)
-    for path, name in adopt.CLASS_OF.items():
+    assert {path.rsplit(".", 1)[1] for path in TO_OURS.values()} == set(components.__all__)
+    for path, name in CLASS_OF.items():
         module, attribute = path.rsplit(".", 1)
         found = getattr(__import__(module, fromlist=[attribute]), attribute)
         assert found is getattr(components, name)
@@ -138,7 +144,7 @@ def test_the_table_names_classes_that_exist() -> None:
 def test_every_app_of_a_job_is_changed(tmp_path: Path) -> None:
     files = [make(tmp_path, json.dumps(flip_app(), indent=i), app=f"app{i}") for i in (1, 2)]
     make(tmp_path, "{}", app="client_app").unlink()
-    assert [plan.path for plan in do(tmp_path)] == files
+    assert [edit.path for edit in do(tmp_path).edits] == files
     assert all(json.loads(file.read_text()) == adopted(flip_app()) for file in files)
 
 
@@ -153,11 +159,11 @@ def test_once_and_twice_and_undone(tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     do(tmp_path)
     once = snapshot(tmp_path)
-    assert not any(plan.changes for plan in do(tmp_path))
+    assert not do(tmp_path).edits
     assert snapshot(tmp_path) == once
     undo(tmp_path)
     assert snapshot(tmp_path) == before
-    assert not any(plan.changes for plan in undo(tmp_path))
+    assert not undo(tmp_path).edits
 
 
 def test_all_else_stays_as_it_was_written(tmp_path: Path) -> None:
@@ -175,15 +181,22 @@ def test_the_apps_own_code_is_looked_at_and_not_touched(tmp_path: Path) -> None:
     make(tmp_path, json.dumps(flip_app()))
     custom = tmp_path / "app" / "custom"
     (custom / "sub").mkdir(parents=True)
+    (custom / "flip" / "nvflare" / "components").mkdir(parents=True)
+    own = f"from {FLIPS}.persist_and_cleanup import PersistToS3AndCleanup\n"
+    (custom / "flip" / "nvflare" / "components" / "__init__.py").write_text(own)
     (custom / "sub" / "a.py").write_text("import os\nfrom flip.constants import FlipEvents, PTConstants\n")
-    (custom / "b.py").write_text(f"from {FLIPS} import ServerEventHandler\nfrom flip.constants.x import ModelStatus")
-    (custom / "broken.py").write_text("def (:")
+    (custom / "b.py").write_text(f"from {FLIPS} import ServerEventHandler\n")
+    (custom / "c.py").write_text(
+        f"from {FLIPS} import (\n    PTModelLocator,  # x\n    PersistToS3AndCleanup as P,\n)\n"
+    )
+    (custom / "broken.py").write_bytes(b"def (:\xff")
     (custom / "link.py").symlink_to("/etc/passwd")
+    os.mkfifo(custom / "pipe.py")
     before = snapshot(custom)
     said = notes(do(tmp_path))
-    assert "custom/sub/a.py:2 can import FlipEvents from flip_observability.constants" in said
-    assert "custom/b.py:1 uses FLIP's ServerEventHandler" in said
-    assert "custom/b.py:2 can import ModelStatus" in said
+    assert "custom/b.py uses FLIP's ServerEventHandler: import from" in said
+    assert "custom/c.py uses FLIP's PersistToS3AndCleanup: import from" in said
+    assert said.count("custom/") == 2  # nothing on FLIP's own files, nor on what works as it is
     assert f"stay FLIP's, and need FLIP's package as before: {FLIPS}.PTModelLocator" in said
     assert "no custom code" not in said
     assert snapshot(custom) == before
@@ -267,18 +280,19 @@ def test_the_other_forms_that_nvflare_reads(tmp_path: Path, form: str, newline: 
     kind = ConfigFormat.PYHOCON if name.endswith("conf") else ConfigFormat.OMEGACONF
     data = config_text.parse(text, kind)
     before = snapshot(tmp_path)
-    do(tmp_path)
+    said = notes(do(tmp_path))
     after = file.read_bytes().decode()
-    assert config_text.parse(after, kind) == adopted(data)
-    comments = [line.strip() for line in text.split(newline) if line.strip().startswith(("#", "//"))]
-    assert sorted(after.replace(OURS, FLIPS)) == sorted(text)  # nothing but the names, and the order
-    if comments:
-        lines = [line.strip() for line in after.split(newline)]
-        assert lines[lines.index(comments[1]) + 1] in (
-            "{",
-            f"- id: flip_server_event_handler  # path: {FLIPS}.ServerEventHandler",
-        )
-    assert not any(plan.changes for plan in do(tmp_path))
+    if form == "HOCON that is JSON":
+        assert config_text.parse(after, kind) == adopted(data)
+        assert sorted(after.replace(OURS, FLIPS)) == sorted(text)  # nothing but the names, and the order
+    else:
+        key = operator.itemgetter("id")
+        wanted = {**adopted(data), "components": sorted(adopted(data)["components"], key=key)}
+        found = config_text.parse(after, kind)
+        assert {**found, "components": sorted(found["components"], key=key)} == wanted
+        assert after.replace(OURS, FLIPS) == text
+        assert "not the last component: move it there by hand" in said
+    assert not do(tmp_path).edits
     undo(tmp_path)
     assert snapshot(tmp_path) == before
 
@@ -287,7 +301,7 @@ def test_nvflare_reads_the_adopted_hocon(tmp_path: Path) -> None:
     file = make(tmp_path, HOCON, "config_fed_server.conf")
     do(tmp_path)
     assert [item["path"].rsplit(".", 1)[1] for item in loaded(file)["components"]] == [
-        "NPModelPersistor", "ValidationJsonGenerator", "PersistToS3AndCleanup", "ServerEventHandler",
+        "NPModelPersistor", "ServerEventHandler", "ValidationJsonGenerator", "PersistToS3AndCleanup",
     ]  # fmt: skip
 
 
@@ -319,17 +333,22 @@ REFUSED = {
     "a byte order mark": ("json", "\ufeff" + json.dumps(flip_app()), "byte order mark"),
     "a key twice": ("json", '{"components": [], "components": []}', "stands twice"),
     "comments in JSON": ("json", "// no\n" + json.dumps(flip_app()), "no valid JSON"),
+    "an unknown class of FLIP's": (
+        "json",
+        changed(lambda app: app["components"].append(component("tell", f"{FLIPS}.x.HubTeller"))),
+        "component 'tell' is of FLIP's class HubTeller, not known here",
+    ),
     "two handlers": ("json", changed(lambda app: app["components"].append(HANDLER)), "2 components"),
     "a handler elsewhere": ("json", changed(lambda app: app["workflows"].append(HANDLER)), "not in its list"),
     "unknown arguments": (
         "json",
         changed(lambda app: app["components"][3]["args"].update(colour="red")),
-        "arguments that ours does not know: colour",
+        "component 'flip_server_event_handler' has arguments that our ServerEventHandler does not know: colour",
     ),
     "arguments that are none": (
         "json",
         changed(lambda app: app["components"][3].update(args=[1])),
-        "arguments that ours does not know",
+        "component 'flip_server_event_handler' has arguments that are no object",
     ),
     "composed paths": (
         "json",
@@ -337,11 +356,26 @@ REFUSED = {
         "composes class paths of variables",
     ),
     "nested too deeply": ("json", "[" * 100_000, "nested too deeply"),
+    "nested deeply": ("json", '{"a":' * 100 + "1" + "}" * 100, "nested too deeply"),
+    "YAML nested too deeply": ("yml", "[" * 10_000, "no valid YAML|with the memory there is"),
+    "HOCON nested too deeply": ("conf", "a=" + "[" * 10_000, "no valid HOCON|with the memory there is|longer than"),
+    "too large": ("json", json.dumps(flip_app()) + " " * 1024 * 1024, "is larger than 1 MiB"),
     "includes": ("conf", 'include "other.conf"\n' + HOCON, "includes other files"),
     "included by URL": ("conf", 'include url("http://127.0.0.1:9/x")\n' + HOCON, "includes other files"),
+    "a variable": ("conf", HOCON + "x = ${?HOME}\n", "refers to variables"),
     "put together": (
         "conf",
-        f'flip = "{FLIPS}"\n' + HOCON.replace(f"path = {FLIPS}.Server", 'path = ${flip}".Server'.replace('".S', ".S")),
+        HOCON.replace(f"path = {FLIPS}.ServerEventHandler", f'path = {FLIPS}.ServerEventHandler "x"'),
+        "class ServerEventHandler x, not known here",
+    ),
+    "a text that looks like it": (
+        "json",
+        changed(lambda app: app.update(note=f"path: {FLIPS}.ServerEventHandler")),
+        "cannot be changed without touching something else",
+    ),
+    "spelled in another way": (
+        "json",
+        json.dumps(flip_app()).replace(f"{FLIPS}.Server", f"\\u0066{FLIPS[1:]}.Server"),
         "cannot be changed without touching something else",
     ),
     "named elsewhere": (
@@ -352,14 +386,13 @@ REFUSED = {
     "named before": (
         "yml",
         f"it: &it {FLIPS}.ServerEventHandler\n" + YAML.replace(f'path: "{FLIPS}.ServerEventHandler"', "path: *it"),
-        "cannot be changed without touching something else",
+        "no valid YAML",
     ),
-    "appended": ("conf", HOCON.replace("components = [", "components += ["), "is not changed|not understood"),
     "a string without an end": ("conf", 'components = ["x\n]', "not understood|has no end"),
     "anchors": (
         "yml",
         YAML.replace("- id: flip_server", "- &h\n    id: flip_server").replace("workflows:", "x: *h\nworkflows:"),
-        "not in its list",
+        "no valid YAML",
     ),
     "broken YAML": ("yml", "a: [", r"no valid YAML \(line"),
     "objects in YAML": ("yml", "a: !!python/object/apply:os.system ['true']", "no valid YAML"),
@@ -371,7 +404,7 @@ def test_refused_with_the_reason_and_nothing_changed(tmp_path: Path, case: str) 
     suffix, text, reason = REFUSED[case]
     file = make(tmp_path, text, f"config_fed_server.{suffix}")
     before = snapshot(tmp_path)
-    with pytest.raises(AdoptError, match=reason) as caught:
+    with pytest.raises((AdoptError, EditError), match=reason) as caught:
         do(tmp_path)
     assert str(file) in str(caught.value)
     assert snapshot(tmp_path) == before
@@ -424,7 +457,7 @@ def test_links_inside_of_the_job_are_kept_and_one_file_is_changed_once(tmp_path:
     twin.mkdir(parents=True)
     (twin / "config_fed_server.json").symlink_to("../../a/config/config_fed_server.json")
     before = snapshot(tmp_path)
-    assert len(do(tmp_path)) == 1
+    assert len(do(tmp_path).edits) == 1
     assert (twin / "config_fed_server.json").is_symlink()
     assert json.loads(file.read_text()) == adopted(flip_app())
     undo(tmp_path)
@@ -458,26 +491,16 @@ def test_a_plain_job_is_refused_unless_components_are_to_be_added(tmp_path: Path
         "ValidationJsonGenerator", "PersistToS3AndCleanup", "ServerEventHandler",
     ]  # fmt: skip
     assert '\n    },\n    {\n      "id": "json_generator"' in file.read_text()
-    assert not any(plan.changes for plan in do(tmp_path, add=True))
+    assert not do(tmp_path, add=True).edits
     undo(tmp_path)
     assert snapshot(tmp_path) == before
 
 
-def test_added_to_hocon_and_with_another_persistor(tmp_path: Path) -> None:
-    mine = {**PERSISTOR, "id": "mine"}
-    text = "# kept\ncomponents = [\n  " + json.dumps(mine) + "  # mine\n]\nworkflows = []\n"
-    file = make(tmp_path, text, "config_fed_server.conf")
+def test_another_persistor_is_named(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(plain({**PERSISTOR, "id": "mine"}), indent="\t").replace("\n", "\r\n"))
     do(tmp_path, add=True, persistor_id="mine")
-    listed = loaded(file)["components"]
-    assert [item["id"] for item in listed] == [
-        "mine",
-        "json_generator",
-        "persist_and_cleanup",
-        "flip_server_event_handler",
-    ]
-    assert listed[2]["args"] == {"persistor_id": "mine"}
-    assert "# kept" in file.read_text()
-    assert "# mine" in file.read_text()
+    assert json.loads(file.read_text())["components"][2]["args"] == {"persistor_id": "mine"}
+    assert b'\r\n\t\t\t"id": "json_generator",\r\n' in file.read_bytes()
 
 
 def test_nvflares_own_generator_is_used(tmp_path: Path) -> None:
@@ -509,10 +532,145 @@ def test_what_cannot_be_added_to(tmp_path: Path, case: str) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_nothing_is_added_to_yaml(tmp_path: Path) -> None:
-    make(tmp_path, yaml.safe_dump(plain(PERSISTOR)), "config_fed_server.yml")
-    with pytest.raises(AdoptError, match="into this YAML by hand"):
+@pytest.mark.parametrize("suffix", ["yml", "conf"])
+def test_nothing_is_added_to_other_forms(tmp_path: Path, suffix: str) -> None:
+    make(tmp_path, json.dumps(plain(PERSISTOR)), f"config_fed_server.{suffix}")
+    with pytest.raises(AdoptError, match="into this file by hand"):
         do(tmp_path, add=True)
+
+
+# -- jobs of a stranger's ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """An address that remembers what it was asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"fetched = 1\n")
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("word", ["include", "Include", "INCLUDE", "\u0131nclude"])
+def test_no_file_and_no_address_is_read_for_a_job(
+    tmp_path: Path, word: str, listener: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY", "a-very-secret-key")
+    secret = tmp_path / "server.key"
+    secret.write_text("password = a-very-secret-key\n")
+    address, asked = listener
+    for reference in (f'"{secret}"', f'file("{secret}")', f'url("{address}/x")', f'required(file("{secret}"))'):
+        job = tmp_path / str(len(list(tmp_path.iterdir())))
+        make(job, f"{HOCON}\nx {{\n{word} {reference}\n}}\n", "config_fed_server.conf")
+        shown = flip_obs("adopt", job, "--check")
+        assert "a-very-secret-key" not in shown.stdout + shown.stderr
+        assert (shown.returncode, "includes other files" in " ".join(shown.stderr.split())) == (1, True)
+    assert asked == []
+
+
+@pytest.mark.parametrize("suffix", ["conf", "yml"])
+def test_no_variable_is_looked_up_for_a_job(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY", "a-very-secret-key")
+    reference = {
+        "conf": HOCON.replace(f"path = {FLIPS}.Server", "path = ${?INTERNAL_SERVICE_KEY}.Server"),
+        "yml": YAML.replace('model_id: ""', 'model_id: "${oc.env:INTERNAL_SERVICE_KEY}"'),
+    }
+    make(tmp_path, reference[suffix], f"config_fed_server.{suffix}")
+    shown = flip_obs("adopt", tmp_path, "--check")
+    assert shown.returncode == 1
+    assert "a-very-secret-key" not in shown.stdout + shown.stderr
+
+
+def test_the_reader_itself_opens_nothing_and_knows_no_environment(
+    tmp_path: Path, listener: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the search for words would overlook stays outside by the process's own limits."""
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY", "a-very-secret-key")
+    secret = tmp_path / "server.key"
+    secret.write_text("password = a-very-secret-key\n")
+    address, asked = listener
+    text = f'include "{secret}"\ninclude url("{address}/x")\nkey = ${{?INTERNAL_SERVICE_KEY}}\nmine = 1\n'
+    assert config_text._read_elsewhere(text, ConfigFormat.PYHOCON) == {"mine": 1}
+    assert asked == []
+
+
+BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n" for a, b in pairwise("abcdefghijkl"))
+
+
+def test_a_bomb_of_aliases_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, BOMB + YAML, "config_fed_server.yml")
+    with pytest.raises(AdoptError, match="no valid YAML"):
+        do(tmp_path)
+
+
+def test_what_takes_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_text, "DEADLINE_SECONDS", 1.0)
+    make(tmp_path, HOCON + "x = [" + "{a:1}\n" * 100_000 + "]\n", "config_fed_server.conf")
+    with pytest.raises(AdoptError, match="takes longer than 1 s to read"):
+        do(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "socket"])
+def test_what_is_no_file_is_refused_and_holds_nobody_up(tmp_path: Path, kind: str) -> None:
+    file = make(tmp_path, "")
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "socket":
+        os.mknod(file, 0o600 | stat.S_IFSOCK)
+    else:
+        file.symlink_to({"device": "/dev/zero", "loop": file.name}[kind])
+    with pytest.raises((AdoptError, EditError), match=r"regular file|outside of|leads nowhere"):
+        do(tmp_path)
+    with pytest.raises((AdoptError, EditError), match=r"regular file|outside of|leads nowhere"):
+        undo(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_planted_original_that_is_no_file_is_not_taken(tmp_path: Path, kind: str) -> None:
+    file = make(tmp_path / "job", json.dumps(adopted(flip_app()), indent=2))
+    secret = tmp_path / "server.key"
+    secret.write_text("a-very-secret-key")
+    planted = editing.backup_name(file, file.read_bytes())
+    if kind == "link":
+        planted.symlink_to(secret)
+    else:
+        {"pipe": os.mkfifo, "folder": os.mkdir}[kind](planted)
+    shown = flip_obs("adopt", tmp_path / "job", "--undo", "--yes")
+    assert shown.returncode == 0
+    assert "a-very-secret-key" not in shown.stdout + shown.stderr
+    assert not file.is_symlink()
+    assert {item["path"] for item in json.loads(file.read_text())["components"]} == {
+        item["path"] for item in flip_app()["components"]
+    }
+    assert secret.read_text() == "a-very-secret-key"
+
+
+def test_one_original_is_kept_and_a_planted_one_is_replaced(tmp_path: Path) -> None:
+    file = make(tmp_path / "job", json.dumps(flip_app(), indent=2))
+    before = file.read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (edit,) = adopt.plan(tmp_path / "job").edits
+    edit.kept_in.symlink_to(elsewhere)
+    file.with_name(file.name + editing.BACKUP + "0" * 16).write_text("{}")
+    do(tmp_path / "job")
+    (kept,) = editing.originals(file)
+    assert (kept.read_bytes(), kept.is_symlink()) == (before, False)
+    assert elsewhere.read_text() == "mine"
 
 
 # -- undoing ---------------------------------------------------------------------------------------------------------
@@ -552,11 +710,11 @@ def test_a_job_made_anew_is_adopted_anew(tmp_path: Path) -> None:
 
 def test_a_change_while_it_is_asked_about_is_not_overwritten(tmp_path: Path) -> None:
     file = make(tmp_path, json.dumps(flip_app(), indent=2))
-    plans = adopt.plan(tmp_path)
+    wanted = adopt.plan(tmp_path)
     file.write_text(json.dumps(flip_app(), indent=3))
     before = snapshot(tmp_path)
     with pytest.raises(EditError, match="changed by somebody else"):
-        adopt.apply(plans)
+        wanted.apply()
     assert snapshot(tmp_path) == before
 
 

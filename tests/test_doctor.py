@@ -26,6 +26,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from certificates import Authority
 from fault_server import FaultServer
 from flip_observability import doctor
+from flip_observability.component_paths import CLASS_OF
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.doctor import CHECKS, Finding, Level, Patient, examine
@@ -68,7 +69,7 @@ def told(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
 
 def test_a_server_that_has_all_it_needs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "kit" / "local").mkdir(parents=True)
-    (tmp_path / "kit" / "local" / "resources.json").write_text('{"class_allow_list": ["flip_observability."]}')
+    (tmp_path / "kit" / "local" / "resources.json").write_text(json.dumps({"class_allow_list": [*CLASS_OF]}))
     with EmbeddedHub(key=KEY) as hub, EmbeddedBucket() as bucket, collector() as endpoint:
         told(monkeypatch, FLIP_API_INTERNAL_URL=hub.url, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **bucket.environment)
         observer = Observer(Settings.load(), folder, port=0)
@@ -136,8 +137,13 @@ def test_the_versions_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("name", "text", "level"),
     [
-        ("resources.json", '{"class_allow_list": ["a.", "flip_observability."]}', "ok"),
-        ("resources.json.default", '{"class_allow_list": ["flip_observability."]}', "ok"),
+        ("resources.json", json.dumps({"class_allow_list": ["a.", *CLASS_OF]}), "ok"),
+        ("resources.json.default", json.dumps({"class_allow_list": [*CLASS_OF]}), "ok"),
+        ("resources.json", '{"class_allow_list": ["a.", "flip_observability."]}', "warn"),
+        ("resources.json", json.dumps({"class_allow_list": [*CLASS_OF, "flip_observability.nvflare"]}), "warn"),
+        ("resources.json", '{"class_allow_list": ["*"]}', "warn"),
+        ("resources.json", json.dumps({"class_allow_list": [*CLASS_OF][1:]}), "fail"),
+        ("resources.json", '{"class_allow_list": [{}, 1]}', "fail"),
         ("resources.json", '{"class_allow_list": ["a."]}', "fail"),
         ("resources.json", "{}", "fail"),
         ("resources.json", '{"class_list_enforcement_mode": "warn"}', "warn"),
@@ -145,7 +151,7 @@ def test_the_versions_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) 
         ("resources.json", "{", "fail"),
         ("other.json", "{}", "skip"),
     ],
-    ids=range(8),
+    ids=range(13),
 )
 def test_the_class_allow_list(tmp_path: Path, name: str, text: str, level: str) -> None:
     (tmp_path / "local").mkdir()

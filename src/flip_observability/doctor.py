@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flip_observability.component_paths import CLASS_OF, too_wide
 from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT
 from flip_observability.ledger import (
     FILE_NAME,
@@ -46,7 +47,6 @@ CALL_SECONDS = 5.0
 LEAST_FREE_BYTES = 1 << 30
 LATE_SECONDS = 300.0
 NVFLARE_VERSIONS = re.compile(r"2\.9(\.|$)")
-ALLOWED = "flip_observability."
 NOBODY = "00000000-0000-0000-0000-000000000000"
 _FOREIGN_STATUS = {"2026-05": "RUNNING", "2026-10": "TRAINING_STARTED"}
 """A status that a hub of this contract does not know, and one of the other contract does."""
@@ -211,7 +211,7 @@ def check_nvflare(_: Patient) -> Finding:
 
 
 def check_allow_list(patient: Patient) -> Finding:
-    """Whether jobs without custom code may name our classes."""
+    """Whether jobs without custom code may name our components, and nothing else of ours."""
     local = patient.workspace / "local"
     path = next((p for p in (local / "resources.json", local / "resources.json.default") if p.is_file()), None)
     if path is None:
@@ -221,11 +221,19 @@ def check_allow_list(patient: Patient) -> Finding:
         listed, mode = resources.get("class_allow_list"), resources.get("class_list_enforcement_mode", "enforce")
     except (OSError, ValueError, AttributeError) as error:
         return Finding(Level.FAIL, f"{path} cannot be read ({type(error).__name__})", "mend it, or flip-obs install")
-    if isinstance(listed, list) and ALLOWED in listed:
-        return Finding(Level.OK, f"{path} allows our classes")
+    entries = listed if isinstance(listed, list) else []
+    wide = ["*"] if "*" in entries else too_wide(entries)
+    if wide:
+        text = f"{path} lets jobs without custom code run any code of ours: {', '.join(map(json.dumps, wide))}"
+        todo = (
+            "list the classes that jobs need, and no '*'" if wide == ["*"] else f"flip-obs install {patient.workspace}"
+        )
+        return Finding(Level.WARN, text, f"{todo}; until then such a job can read and change what the server can")
+    if all(entry in entries for entry in CLASS_OF):
+        return Finding(Level.OK, f"{path} allows our components, and nothing else of ours")
     level = Level.FAIL if mode == "enforce" else Level.WARN
-    todo = f"flip-obs install {patient.workspace}, which puts '{ALLOWED}' into class_allow_list"
-    return Finding(level, f"{path} does not allow our classes: jobs without custom code are refused", todo)
+    todo = f"flip-obs install {patient.workspace}, which puts their paths into class_allow_list"
+    return Finding(level, f"{path} does not allow our components: jobs without custom code are refused", todo)
 
 
 # -- the ledger --------------------------------------------------------------------------------------------------------

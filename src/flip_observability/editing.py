@@ -1,27 +1,32 @@
 """Changing other people's files so that nothing is lost: all or none, atomically, with the original kept beside them.
 
 An original is kept under its file's name with :data:`BACKUP` and a digest of what took its place, so that undoing can
-tell a file that is as it was written from one that somebody has edited since.
+tell a file that is as it was written from one that somebody has edited since. A folder may come from a stranger: what
+is read is a regular file of limited size, never what a link leads to, and nothing waits for a pipe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
-import fcntl
+import functools
 import hashlib
 import os
-import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 BACKUP = ".flip-obs-original-"
+MAX_BYTES = 1024 * 1024
+"""A larger file is not read: the configurations of FLIP's jobs and of server kits have a few kilobytes."""
 _TEMPORARY = ".flip-obs-tmp"
-_LOCK_SECONDS = 10.0
+_LEFT_SECONDS = 600.0
 _DIGEST_LENGTH = 16
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class EditError(Exception):
@@ -36,26 +41,49 @@ class Edit:
         path: the file; not a link.
         before: its bytes as they were read, None when there is none. It is changed only while it still holds them.
         after: what it is to hold, None to remove it.
-        keep: keep the original, for :func:`original`.
+        keep: the original to keep beside it, as the only one; None to keep none.
         like: a file whose mode and owner a new one takes.
-        restore: the kept original that takes the file's place as it is (then ``after`` is its bytes).
-        discard: kept originals that are of no use afterwards.
     """
 
     path: Path
     before: bytes | None
     after: bytes | None
-    keep: bool = False
+    keep: bytes | None = None
     like: Path | None = None
-    restore: Path | None = None
-    discard: tuple[Path, ...] = ()
+
+    @property
+    def kept_in(self) -> Path:
+        """The file that keeps the original."""
+        return backup_name(self.path, self.after or b"")
+
+
+@dataclass
+class Plan:
+    """What would be done, and lines that say it to the user."""
+
+    edits: list[Edit] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def difference(self) -> Iterator[str]:
+        """The edits as lines of a unified difference."""
+        for edit in self.edits:
+            before, after = (
+                (content or b"").decode(errors="replace").splitlines() for content in (edit.before, edit.after)
+            )
+            old, new = ("/dev/null" if content is None else str(edit.path) for content in (edit.before, edit.after))
+            yield from difflib.unified_diff(before, after, old, new, lineterm="")
+
+    def apply(self) -> None:
+        """Do it, all of it or nothing (see :func:`apply`)."""
+        apply(self.edits)
 
 
 @dataclass(frozen=True)
 class Original:
-    """A kept original: where it is, and whether the file still holds what was written in its place."""
+    """A kept original: its bytes, and whether the file still holds what was written in its place."""
 
-    path: Path
+    content: bytes
     untouched: bool
 
 
@@ -63,16 +91,17 @@ def read(path: Path) -> bytes | None:
     """The bytes of a file, None when there is none.
 
     Raises:
-        EditError: it cannot be read, or is no regular file.
+        EditError: it cannot be read, is too large, or is no regular file.
     """
-    try:
-        if not path.exists():
-            return None
-        if not path.is_file():
+    if not os.path.lexists(path):
+        return None
+    with _telling(path, "cannot be read"), open(os.open(path, _READ), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise EditError(f"{path} is no regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise EditError(_said(error, path, "cannot be read")) from None
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise EditError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
+    return content
 
 
 def real_path(path: Path, root: Path) -> Path:
@@ -81,7 +110,10 @@ def real_path(path: Path, root: Path) -> Path:
     Raises:
         EditError: outside of ``root``: what a user did not name is not changed.
     """
-    real, inside = path.resolve(), root.resolve()
+    try:
+        real, inside = path.resolve(), root.resolve()
+    except (OSError, RuntimeError) as error:
+        raise EditError(f"{path} is a link that leads nowhere ({type(error).__name__})") from None
     if not real.is_relative_to(inside):
         raise EditError(f"{path} is a link to {real}, outside of {root}: put a copy in its place, or change that file")
     return real
@@ -93,19 +125,20 @@ def backup_name(path: Path, after: bytes) -> Path:
 
 
 def originals(path: Path) -> tuple[Path, ...]:
-    """The kept originals of a file, newest first; more than one only after an interruption."""
+    """The kept originals of a file; more than one only after an interruption. What is no regular file is none."""
     prefix = path.name + BACKUP
-    found = [file for file in path.parent.iterdir() if file.name.startswith(prefix) and file.is_file()]
-    return tuple(sorted(found, key=lambda file: file.stat().st_ctime_ns, reverse=True))
+    found = (file for file in path.parent.iterdir() if file.name.startswith(prefix))
+    return tuple(sorted(file for file in found if stat.S_ISREG(file.lstat().st_mode)))
 
 
 def original(path: Path, content: bytes) -> Original | None:
-    """The kept original of a file that holds ``content``: the one that belongs to it, else the newest."""
+    """The kept original of a file that holds ``content``; one that belongs to an earlier text is not untouched."""
     kept = originals(path)
     for file in kept:
-        if file == backup_name(path, content) or file.read_bytes() == content:
-            return Original(file, True)
-    return Original(kept[0], False) if kept else None
+        before = read(file)
+        if before is not None and (file == backup_name(path, content) or before == content):
+            return Original(before, True)
+    return Original(b"", False) if kept else None
 
 
 def apply(edits: Sequence[Edit]) -> None:
@@ -116,178 +149,82 @@ def apply(edits: Sequence[Edit]) -> None:
     Raises:
         EditError: none was done, with the reason.
     """
-    with contextlib.ExitStack() as stack:
-        for folder in sorted({edit.path.parent for edit in edits}):
-            stack.enter_context(_locked(folder))
-            _clear(folder)
-        _apply([edit for edit in edits if edit.before == edit.after or read(edit.path) != edit.after])
-
-
-def _apply(edits: Sequence[Edit]) -> None:
-    staged: list[_Staged] = []
-    try:
-        for edit in edits:
-            staged.append(_Staged(edit))
-            staged[-1].prepare()
-        for item in staged:
-            item.check()
-            item.commit()
-    except OSError as error:
-        _roll_back(staged)
-        raise EditError(_said(error, staged[-1].edit.path, "cannot be changed")) from None
-    except BaseException:
-        _roll_back(staged)
-        raise
-    for item in staged:
-        item.finish()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes that change files in it by this module."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise EditError(_said(error, folder, "cannot be opened")) from None
-    try:
-        end = time.monotonic() + _LOCK_SECONDS
-        while not _try_lock(descriptor):
-            if time.monotonic() >= end:
-                raise EditError(f"another process is changing {folder}; try again when it has ended")
-            time.sleep(0.02)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks: what was read is compared again before it is replaced
-    return True
-
-
-def _roll_back(staged: Sequence[_Staged]) -> None:
-    for item in reversed(staged):
-        item.roll_back()
-
-
-class _Staged:
-    """One edit on its way: the new file beside the old one, and the old one under a second name."""
-
-    def __init__(self, edit: Edit) -> None:
-        self.edit = edit
-        self._new: Path | None = None
-        self._old: Path | None = None
-        self._done = False
-
-    def prepare(self) -> None:
-        edit, folder = self.edit, self.edit.path.parent
-        if edit.before is not None:
-            self._old = self._second_name()
-        if edit.restore is not None:
-            self._new = _temporary(folder, edit.path.name)
-            _link_or_copy(edit.restore, self._new)
-        elif edit.after is not None:
-            self._new = _write(folder, edit.path.name, edit.after, edit.like or edit.path)
-
-    def _second_name(self) -> Path:
-        edit = self.edit
-        if not edit.keep or edit.after is None:
-            name = _temporary(edit.path.parent, edit.path.name)
-        else:
-            name = backup_name(edit.path, edit.after)
-            name.unlink(missing_ok=True)
-        _link_or_copy(edit.path, name)
-        return name
-
-    def check(self) -> None:
-        if read(self.edit.path) != self.edit.before:
-            raise EditError(f"{self.edit.path} was changed by somebody else meanwhile; try again")
-
-    def commit(self) -> None:
-        if self._new is not None:
-            os.replace(self._new, self.edit.path)
-            self._new.unlink(missing_ok=True)  # two names of one file: replacing does nothing then
-        elif self.edit.before is not None:
-            self.edit.path.unlink()
-        self._done = True
-        _sync(self.edit.path.parent)
-
-    def roll_back(self) -> None:
-        with contextlib.suppress(OSError):  # the first failure is the one to tell of
-            if self._new is not None:
-                self._new.unlink(missing_ok=True)
-            if self._old is not None:
-                os.replace(self._old, self.edit.path)
-                self._old.unlink(missing_ok=True)
-            elif self._done:
-                self.edit.path.unlink(missing_ok=True)
-
-    def finish(self) -> None:
-        useless = [*self.edit.discard, self.edit.restore, None if self.edit.keep else self._old]
-        with contextlib.suppress(OSError):  # the change is made; a file too many is no failure
-            for file in filter(None, useless):
-                file.unlink(missing_ok=True)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a process left that was killed."""
-    with contextlib.suppress(OSError):
-        for left in folder.glob(f".*{_TEMPORARY}"):
-            left.unlink()
-
-
-def _temporary(folder: Path, name: str) -> Path:
-    return Path(tempfile.mktemp(dir=folder, prefix=f".{name}.", suffix=_TEMPORARY))  # noqa: S306 - `link` never overwrites
-
-
-def _write(folder: Path, name: str, content: bytes, like: Path) -> Path:
-    """Write a new file with mode and owner of another one, down to the disk."""
-    model = like.stat()
-    descriptor, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=_TEMPORARY)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(descriptor, model.st_mode & 0o7777)
-            mine = os.fstat(descriptor)
-            if (mine.st_uid, mine.st_gid) != (model.st_uid, model.st_gid):
-                os.fchown(descriptor, model.st_uid, model.st_gid)
-                os.fchmod(descriptor, model.st_mode & 0o7777)  # a change of owner clears some bits
-            os.fsync(descriptor)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
-    return Path(path)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, so that owner, times and attributes come along; a copy where there are no links."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except FileExistsError:
-        raise
-    except OSError:
+    back: list[Callable[[], None]] = []
+    with contextlib.ExitStack() as temporary:
         try:
-            shutil.copy2(source, target, follow_symlinks=False)
-        except OSError:
-            with contextlib.suppress(OSError):
-                target.unlink(missing_ok=True)
+            for change in [_prepared(edit, temporary, back) for edit in edits]:
+                change()
+        except BaseException:
+            for step in reversed(back):
+                with contextlib.suppress(OSError):  # the first failure is the one to tell of
+                    step()
             raise
+    for edit in edits:
+        with contextlib.suppress(OSError):  # the change is made; a file too many is no failure
+            for file in originals(edit.path):
+                if edit.keep is None or file != edit.kept_in:
+                    file.unlink()
 
 
-def _sync(folder: Path) -> None:
+def _prepared(edit: Edit, temporary: contextlib.ExitStack, back: list[Callable[[], None]]) -> Callable[[], None]:
+    """Write beside a file what its change, and the way back, need; the change itself is for later."""
+    with _telling(edit.path, "cannot be changed"):
+        _clear(edit.path.parent)
+        new, old, kept = (_written(edit, content, temporary) for content in (edit.after, edit.before, edit.keep))
+
+    def change() -> None:
+        now = read(edit.path)
+        if now == edit.after != edit.before:
+            return
+        if now != edit.before:
+            raise EditError(f"{edit.path} was changed by somebody else meanwhile; try again")
+        with _telling(edit.path, "cannot be changed"):
+            back.append(functools.partial(_put, edit.path, old))
+            if kept is not None:
+                back.append(functools.partial(_put, edit.kept_in, None))
+                _put(edit.kept_in, kept)
+            _put(edit.path, new)
+
+    return change
+
+
+def _put(path: Path, new: Path | None) -> None:
+    if new is not None:
+        os.replace(new, path)
+    else:
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some file systems do not sync folders
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _written(edit: Edit, content: bytes | None, temporary: contextlib.ExitStack) -> Path | None:
+    """Write a file beside another one, with the same mode and owner, down to the disk."""
+    if content is None:
+        return None
+    model = (edit.path if edit.before is not None else edit.like or edit.path.parent).lstat()
+    descriptor, name = tempfile.mkstemp(dir=edit.path.parent, prefix=f".{edit.path.name}.", suffix=_TEMPORARY)
+    temporary.callback(Path(name).unlink, missing_ok=True)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        mine = os.fstat(descriptor)
+        if (mine.st_uid, mine.st_gid) != (model.st_uid, model.st_gid):
+            os.fchown(descriptor, model.st_uid, model.st_gid)
+        os.fchmod(descriptor, model.st_mode & 0o7777)  # last: a change of owner clears some bits
+        os.fsync(descriptor)
+    return Path(name)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a process left that was killed; a young file may be one of a process that is at work."""
+    for left in folder.glob(f".*{_TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.lstat().st_mtime > _LEFT_SECONDS:
+                left.unlink()
 
 
 _REASONS = {
@@ -297,9 +234,15 @@ _REASONS = {
     errno.ENOSPC: "no space is left",
     errno.EDQUOT: "the quota is used up",
     errno.EFBIG: "it would be larger than is allowed",
+    errno.ELOOP: "it is a link, and is not followed",
+    errno.ENXIO: "it is no regular file",
 }
 
 
-def _said(error: OSError, path: Path, what: str) -> str:
-    reason = _REASONS.get(error.errno or 0) or error.strerror or type(error).__name__
-    return f"{path} {what}: {reason}"
+@contextlib.contextmanager
+def _telling(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0) or error.strerror or type(error).__name__
+        raise EditError(f"{path} {what}: {reason}") from None

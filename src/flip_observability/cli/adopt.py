@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +13,7 @@ from flip_observability import report
 from flip_observability.cli.common import CommandError, console, warn
 
 if TYPE_CHECKING:
-    from flip_observability.nvflare.adopt import FilePlan
-    from flip_observability.nvflare.install import KitPlan
+    from flip_observability.editing import Plan
 
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 _WIDEST = 2_000
@@ -35,31 +33,27 @@ def install(
     check: CheckOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the difference and change nothing.")] = False,
 ) -> None:
-    """Put the observer and the class allow list's entry into a provisioned server's kit."""
+    """Put the observer and the class allow list's entries into a provisioned server's kit."""
     from flip_observability.nvflare import install as kits
 
     try:
         wanted = kits.plan_undo(kit) if undo else kits.plan(kit)
         if not (check or dry_run):
-            kits.apply(wanted)
+            wanted.apply()
     except (kits.InstallError, kits.EditError) as error:
         raise CommandError(str(error)) from None
-    _tell_kit(wanted, undo=undo, done=not (check or dry_run))
-    if check and wanted.edits:
-        raise typer.Exit(1)
-
-
-def _tell_kit(wanted: KitPlan, *, undo: bool, done: bool) -> None:
     for warning in wanted.warnings:
         warn(warning)
     if not wanted.edits:
         typer.echo("Nothing to undo." if undo else "Installed already; nothing to change.")
-    elif done:
+    elif check or dry_run:
+        _show(wanted)
+        typer.echo(f"{len(wanted.edits)} of the kit's files would change.")
+    else:
         _say(wanted.lines)
         typer.echo("Done. Restart the server: its parent process reads these files when it starts.")
-    else:
-        _show(wanted.difference())
-        typer.echo(f"{len(wanted.edits)} of the kit's files would change.")
+    if check and wanted.edits:
+        raise typer.Exit(1)
 
 
 def adopt(
@@ -81,29 +75,21 @@ def adopt(
     from flip_observability.nvflare import adopt as jobs
 
     try:
-        plans = jobs.plan_undo(job) if undo else jobs.plan(job, add=add, persistor_id=persistor)
-        changes = _tell_job(plans)
-        if not changes:
+        wanted = jobs.plan_undo(job) if undo else jobs.plan(job, add=add, persistor_id=persistor)
+        _show(wanted)
+        _say(wanted.lines)
+        if not wanted.edits:
             typer.echo("Nothing to undo." if undo else "Adopted already; nothing to change.")
         elif check:
             raise typer.Exit(1)
         else:
             if not yes:
-                typer.confirm("Change it?" if changes == 1 else f"Change these {changes} files?", abort=True)
-            jobs.apply(plans)
+                count = len(wanted.edits)
+                typer.confirm("Change it?" if count == 1 else f"Change these {count} files?", abort=True)
+            wanted.apply()
             typer.echo("Changed back." if undo else "Adopted. --undo puts back what was there.")
     except (jobs.AdoptError, jobs.EditError) as error:
         raise CommandError(str(error)) from None
-
-
-def _tell_job(plans: list[FilePlan]) -> int:
-    changing = [file for file in plans if file.changes]
-    for file in changing:
-        before, after = file.before.splitlines(), file.after.splitlines()
-        _show(difflib.unified_diff(before, after, str(file.path), str(file.path), lineterm=""))
-    for file in plans:
-        _say(f"{file.path.name}: {note}" for note in file.notes)
-    return len(changing)
 
 
 def _say(lines: Iterable[str]) -> None:
@@ -111,9 +97,9 @@ def _say(lines: Iterable[str]) -> None:
         typer.echo(report.safe(line, _WIDEST))
 
 
-def _show(difference: Iterable[str]) -> None:
+def _show(wanted: Plan) -> None:
     out = console()
-    for line in difference:
+    for line in wanted.difference():
         out.print(
             Text(report.safe(line.replace("\t", "    "), _WIDEST), style=_STYLES.get(line[:1], "")), soft_wrap=True
         )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import psutil
 
+from flip_observability.component_paths import CLASS_OF
 from flip_observability.demo.scenarios import Scenario
 
 Workflow = Literal["fedavg", "sag"]
@@ -145,7 +146,7 @@ def prepare_workspace(workspace: Path) -> Path:
 
     local = workspace / "local"
     local.mkdir(parents=True)
-    allowed = [*DEFAULT_CLASS_ALLOW_LIST, "flip_observability."]
+    allowed = [*DEFAULT_CLASS_ALLOW_LIST, *CLASS_OF, "flip_observability.demo."]
     _write(local / "resources.json", {"format_version": 2, "class_allow_list": allowed, "components": []})
     return workspace
 

@@ -1,28 +1,26 @@
 """Putting this package into a provisioned server kit, and taking it out again.
 
 Two files of the kit's ``local/`` folder, which NVFLARE leaves to the site: a resource file of our own that adds the
-observer to the server's parent process, and the entry of the class allow list that lets jobs without custom code name
-our components.
+observer to the server's parent process, and entries of the class allow list that let jobs without custom code name our
+components, and nothing else of ours.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
-from nvflare.fuel.utils.config import ConfigFormat
 
 from flip_observability import editing
-from flip_observability.editing import Edit, EditError
+from flip_observability.component_paths import CLASS_OF, is_of_our_package, too_wide
+from flip_observability.editing import Edit, EditError, Plan
 from flip_observability.nvflare import config_text
 from flip_observability.nvflare.config_text import ConfigTextError
 
-ALLOW_LIST, ALLOWED = "class_allow_list", "flip_observability."
+ALLOW_LIST = "class_allow_list"
 COMPONENT: Mapping[str, Any] = {
     "id": "flip_server_observer",
     "path": "flip_observability.nvflare.server_observer.ServerObserver",
@@ -39,24 +37,7 @@ class InstallError(Exception):
     """The kit is not changed. The text is one line for the user, with the reason."""
 
 
-@dataclass
-class KitPlan:
-    """What would be done to a kit: edits, and lines that say it."""
-
-    edits: list[Edit] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def difference(self) -> Iterator[str]:
-        """The edits as lines of a unified difference."""
-        for edit in self.edits:
-            before, after = ((content or b"").decode().splitlines() for content in (edit.before, edit.after))
-            old = str(edit.path) if edit.before is not None else "/dev/null"
-            new = str(edit.path) if edit.after is not None else "/dev/null"
-            yield from difflib.unified_diff(before, after, old, new, lineterm="")
-
-
-def plan(kit: Path) -> KitPlan:
+def plan(kit: Path) -> Plan:
     """Find out what installing into a kit would change.
 
     Raises:
@@ -64,12 +45,9 @@ def plan(kit: Path) -> KitPlan:
         EditError: a file cannot be read, or is a link out of the kit.
     """
     local = _local_folder(kit)
-    result = KitPlan()
-    try:
-        _allow(kit, local, result)
-        _observe(kit, local, result)
-    except ConfigTextError as error:
-        raise InstallError(f"{local} is not changed: {error}") from None
+    result = Plan()
+    _allow(kit, local, result)
+    _observe(kit, local, result)
     if (local / "signature.json").exists() and result.edits:
         result.warnings.append(
             "this kit's local folder is signed, and a check of its signatures fails from now on; a server that starts "
@@ -78,7 +56,7 @@ def plan(kit: Path) -> KitPlan:
     return result
 
 
-def plan_undo(kit: Path) -> KitPlan:
+def plan_undo(kit: Path) -> Plan:
     """Find out what taking this package out of a kit would change.
 
     Raises:
@@ -86,22 +64,10 @@ def plan_undo(kit: Path) -> KitPlan:
         EditError: a file cannot be read, or is a link out of the kit.
     """
     local = _local_folder(kit)
-    result = KitPlan()
-    try:
-        _disallow(kit, local, result)
-        _stop_observing(kit, local, result)
-    except ConfigTextError as error:
-        raise InstallError(f"{local} is not changed: {error}") from None
+    result = Plan()
+    _disallow(kit, local, result)
+    _stop_observing(kit, local, result)
     return result
-
-
-def apply(wanted: KitPlan) -> None:
-    """Do what was planned, all of it or nothing.
-
-    Raises:
-        EditError: nothing was changed, with the reason.
-    """
-    editing.apply(wanted.edits)
 
 
 # -- what is a kit ---------------------------------------------------------------------------------------------------
@@ -151,98 +117,86 @@ def _resources(kit: Path, local: Path) -> tuple[Path, Path]:
     raise InstallError(f"{local} has neither {RESOURCES} nor {DEFAULT_RESOURCES}: no server starts from it")
 
 
-def _read(path: Path) -> tuple[bytes, str, dict[str, Any]]:
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     content = editing.read(path) or b""
     try:
-        text = config_text.decode(content)
-        return content, text, config_text.parse(text, ConfigFormat.JSON)
+        return content, config_text.parse_json(config_text.decode(content))
     except ConfigTextError as error:
         raise InstallError(f"{path} is not understood: {error}") from None
 
 
-def _allow(kit: Path, local: Path, result: KitPlan) -> None:
+def _listed(path: Path, data: dict[str, Any]) -> list[Any] | None:
+    listed = data.get(ALLOW_LIST)
+    if listed is not None and not isinstance(listed, list):
+        raise InstallError(f"{path}: {ALLOW_LIST} is no list")
+    return listed
+
+
+def _allow(kit: Path, local: Path, result: Plan) -> None:
     source, target = _resources(kit, local)
-    content, text, data = _read(source)
-    allowed = data.get(ALLOW_LIST)
-    if allowed is not None and not isinstance(allowed, list):
-        raise InstallError(f"{source}: {ALLOW_LIST} is no list")
-    if allowed is not None and (ALLOWED in allowed or "*" in allowed):
+    content, data = _read(source)
+    listed = _listed(source, data)
+    wide = too_wide(listed or [])
+    if listed is not None and ("*" in listed or (not wide and all(path in listed for path in CLASS_OF))):
         return
-    after = _with_entry(text, data).encode()
-    if source == target:
-        stale = tuple(file for file in editing.originals(target) if file != editing.backup_name(target, after))
-        result.edits.append(Edit(target, content, after, keep=True, discard=stale))
-    else:
-        result.edits.append(Edit(target, None, after, like=source))
+    after = _with_ours(content, data)
     made = "" if source == target else f" (made from {source.name})"
-    result.lines.append(f'{target}{made}: "{ALLOWED}" in {ALLOW_LIST}')
-
-
-def _with_entry(text: str, data: dict[str, Any]) -> str:
-    allowed = data.get(ALLOW_LIST)
-    if allowed is None:
-        # Without a list NVFLARE takes its own; a list with nothing but our entry would lock out everything else.
-        everything = [*DEFAULT_CLASS_ALLOW_LIST, ALLOWED]
-        after = config_text.prepend_member(text, ALLOW_LIST, everything)
-        wanted = {ALLOW_LIST: everything, **{key: data[key] for key in data if key != ALLOW_LIST}}
+    if source != target:
+        result.edits.append(Edit(target, None, after, like=source))
     else:
-        found = config_text.array(text, ConfigFormat.JSON, ALLOW_LIST)
-        if found is None:
-            raise ConfigTextError(f"its {ALLOW_LIST} is not understood")
-        after = config_text.append(text, found, [ALLOWED])
-        wanted = {**data, ALLOW_LIST: [*allowed, ALLOWED]}
-    return _verified(after, wanted)
+        result.edits.append(Edit(target, content, after, keep=_true_original(target, content, listed)))
+    result.lines.append(f"{target}{made}: the {len(CLASS_OF)} paths of our components in {ALLOW_LIST}")
+    if wide:
+        result.lines.append(f"{target}: {', '.join(map(json.dumps, wide))} let in any of our code, and is taken out")
 
 
-def _disallow(kit: Path, local: Path, result: KitPlan) -> None:
+def _with_ours(content: bytes, data: dict[str, Any]) -> bytes:
+    # Without a list NVFLARE takes its own; a list with nothing but our entries would lock out everything else.
+    listed = data.get(ALLOW_LIST, DEFAULT_CLASS_ALLOW_LIST)
+    return config_text.spelled_like(content, {**data, ALLOW_LIST: [*_others(listed), *CLASS_OF]})
+
+
+def _true_original(target: Path, content: bytes, listed: list[Any] | None) -> bytes | None:
+    """What undoing brings back: never a list that an earlier version of this package has put itself into."""
+    kept = editing.original(target, content)
+    if kept is not None and kept.untouched:
+        return kept.content
+    return None if any(map(is_of_our_package, listed or [])) else content
+
+
+def _disallow(kit: Path, local: Path, result: Plan) -> None:
     source, target = _resources(kit, local)
     if source != target:
         return  # there is no list of the site's own
-    content, text, data = _read(target)
-    default = editing.real_path(local / DEFAULT_RESOURCES, kit)
+    content, data = _read(target)
+    listed = _listed(target, data) or []
     kept = editing.original(target, content)
+    after: bytes | None
     if kept is not None and kept.untouched:
-        others = tuple(file for file in editing.originals(target) if file != kept.path)
-        edit = Edit(target, content, editing.read(kept.path), restore=kept.path, discard=others)
-    elif kept is None and _made_from(default, content):
-        edit = Edit(target, content, None)
+        after = kept.content
+    elif kept is None and _made_from(editing.real_path(local / DEFAULT_RESOURCES, kit), {ALLOW_LIST: [], **data}):
+        after = None
     else:
-        after = _without_entry(text, data)
-        edit = Edit(target, content, after.encode(), discard=editing.originals(target))
-        if after != text:
+        after = content
+        if any(map(is_of_our_package, listed)):
+            after = config_text.spelled_like(content, {**data, ALLOW_LIST: _others(listed)})
             why = "it was edited since" if kept else "there is no original beside it"
-            result.warnings.append(f'{target}: {why}, so "{ALLOWED}" is taken out and everything else stays')
-    if edit.before != edit.after or edit.restore or edit.discard:
-        result.edits.append(edit)
-        result.lines.append(f"{target}: {'removed' if edit.after is None else 'as it was'}")
+            result.warnings.append(f"{target}: {why}, so our entries are taken out and everything else stays")
+    if after != content or kept:
+        result.edits.append(Edit(target, content, after))
+        result.lines.append(f"{target}: {'removed' if after is None else 'as it was'}")
 
 
-def _made_from(default: Path, content: bytes) -> bool:
-    if not default.exists():
+def _made_from(default: Path, data: dict[str, Any]) -> bool:
+    """Whether this package, or an earlier version of it, made a file of the kit's default and nobody edited it."""
+    if not default.exists() or not any(map(is_of_our_package, data[ALLOW_LIST])):
         return False
-    _, text, data = _read(default)
-    allowed = data.get(ALLOW_LIST)
-    if allowed is not None and (not isinstance(allowed, list) or ALLOWED in allowed):
-        return False
-    return _with_entry(text, data).encode() == content
+    before = {ALLOW_LIST: [*DEFAULT_CLASS_ALLOW_LIST], **_read(default)[1]}
+    return {**data, ALLOW_LIST: _others(data[ALLOW_LIST])} == {**before, ALLOW_LIST: _others(before[ALLOW_LIST])}
 
 
-def _without_entry(text: str, data: dict[str, Any]) -> str:
-    allowed = data.get(ALLOW_LIST)
-    if not isinstance(allowed, list) or ALLOWED not in allowed:
-        return text
-    found = config_text.array(text, ConfigFormat.JSON, ALLOW_LIST)
-    if found is None or len(found.items) != len(allowed):
-        raise ConfigTextError(f"its {ALLOW_LIST} is not understood")
-    place = allowed.index(ALLOWED)
-    wanted = {**data, ALLOW_LIST: allowed[:place] + allowed[place + 1 :]}
-    return _verified(config_text.remove_item(text, found, place), wanted)
-
-
-def _verified(text: str, wanted: dict[str, Any]) -> str:
-    if not config_text.same(config_text.parse(text, ConfigFormat.JSON), wanted):
-        raise ConfigTextError("it is written in a way that cannot be changed without touching something else")
-    return text
+def _others(listed: Iterable[Any]) -> list[Any]:
+    return [entry for entry in listed if not is_of_our_package(entry)]
 
 
 # -- the observer ----------------------------------------------------------------------------------------------------
@@ -253,13 +207,13 @@ def _observer_content() -> bytes:
 
 
 def _components_of(path: Path) -> list[Any]:
-    listed = _read(path)[2].get("components", [])
+    listed = _read(path)[1].get("components", [])
     if not isinstance(listed, list):
         raise InstallError(f"{path}: its components are no list")
     return listed
 
 
-def _observe(kit: Path, local: Path, result: KitPlan) -> None:
+def _observe(kit: Path, local: Path, result: Plan) -> None:
     path = editing.real_path(local / OBSERVER_FILE, kit)
     for file in _other_resources(kit, path):
         for item in _components_of(file):
@@ -281,15 +235,15 @@ def _observe(kit: Path, local: Path, result: KitPlan) -> None:
 def _other_resources(kit: Path, ours: Path) -> Iterator[Path]:
     seen = {ours}
     for folder in (kit / "startup", kit / "local"):
-        for pattern in _RESOURCE_PATTERNS:
-            for file in sorted(folder.glob(pattern)):
-                hidden = file.name == DEFAULT_RESOURCES and (folder / RESOURCES).exists()
-                if file.resolve() not in seen and not hidden:
-                    seen.add(file.resolve())
-                    yield file
+        for file in sorted(file for pattern in _RESOURCE_PATTERNS for file in folder.glob(pattern)):
+            hidden = file.name == DEFAULT_RESOURCES and (folder / RESOURCES).exists()
+            real = file.resolve()
+            if real not in seen and not hidden:
+                seen.add(real)
+                yield real
 
 
-def _stop_observing(kit: Path, local: Path, result: KitPlan) -> None:
+def _stop_observing(kit: Path, local: Path, result: Plan) -> None:
     path = editing.real_path(local / OBSERVER_FILE, kit)
     content = editing.read(path)
     if content is None:
@@ -304,4 +258,4 @@ def _stop_observing(kit: Path, local: Path, result: KitPlan) -> None:
     result.lines.append(f"{path}: removed")
 
 
-__all__ = ["EditError", "InstallError", "KitPlan", "apply", "plan", "plan_undo"]
+__all__ = ["EditError", "InstallError", "Plan", "plan", "plan_undo"]
