@@ -373,6 +373,11 @@ REFUSED = {
         changed(lambda app: app.update(note=f"path: {FLIPS}.ServerEventHandler")),
         "cannot be changed without touching something else",
     ),
+    "all of it spelled in another way": (
+        "json",
+        json.dumps(flip_app()).replace(FLIPS, f"\\u0066{FLIPS[1:]}"),
+        "cannot be changed without touching something else",
+    ),
     "spelled in another way": (
         "json",
         json.dumps(flip_app()).replace(f"{FLIPS}.Server", f"\\u0066{FLIPS[1:]}.Server"),
@@ -695,6 +700,15 @@ def test_a_job_whose_original_got_lost(tmp_path: Path) -> None:
     assert "no original beside it" in notes(undo(tmp_path))
     content = json.loads(file.read_text())
     assert {item["path"] for item in content["components"]} == {item["path"] for item in flip_app()["components"]}
+
+
+def test_what_cannot_be_changed_back_is_said(tmp_path: Path) -> None:
+    file = make(tmp_path, json.dumps(adopted(flip_app())).replace(OURS, f"\\u0066{OURS[1:]}"))
+    before = snapshot(tmp_path)
+    with pytest.raises(AdoptError, match="is not changed back") as caught:
+        undo(tmp_path)
+    assert str(file) in str(caught.value)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_job_made_anew_is_adopted_anew(tmp_path: Path) -> None:

@@ -142,18 +142,18 @@ def _adopted(config: _Config, *, add: bool, persistor_id: str) -> tuple[bytes, l
                 "this package into it"
             )
         text, data, notes = _with_ours(config, persistor_id)
-    if text != config.text:
+    if (text, data) != (config.text, config.data):
         _verify(text, config.form, data)
     text, data, more = _handler_last(text, config.form, data)
     return text.encode(), [*notes, *more, *_notes_on(data)]
 
 
 def _class_paths_back(config: _Config) -> bytes:
-    after = config_text.replace_paths(config.text, TO_FLIPS)
-    if after == config.text:
+    after, wanted = config_text.replace_paths(config.text, TO_FLIPS), _renamed(config.data, TO_FLIPS)
+    if (after, wanted) == (config.text, config.data):
         return config.content
     try:
-        _verify(after, config.form, _renamed(config.data, TO_FLIPS))
+        _verify(after, config.form, wanted)
     except ConfigTextError as error:
         raise AdoptError(f"{config.path} is not changed back: {error}") from None
     return after.encode()
