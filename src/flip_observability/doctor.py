@@ -317,15 +317,17 @@ def check_observer(ledger: Ledger) -> Finding:
     from flip_observability.process import ProcessIdentity
 
     now = time.time()
-    token = ledger.live_observer(now)
-    if token is None:
+    heartbeat = ledger.observer_heartbeat()
+    token, age = (heartbeat[0], now - heartbeat[1]) if heartbeat is not None else ("", 0.0)
+    process = ProcessIdentity.from_token(token)
+    # One that runs and is silent for long is no live observer any more, but a stopped one, which is worth knowing.
+    stopped = age > LATE_SECONDS and process is not None and process.is_alive_as_observer() is True
+    if not stopped and ledger.live_observer(now) is None:
         return Finding(
             Level.WARN,
             "no observer: a run whose process dies gets no final status, and no metrics are served",
             "flip-obs install puts one into the server; or run flip-obs serve",
         )
-    process, heartbeat = ProcessIdentity.from_token(token), ledger.observer_heartbeat()
-    age = now - heartbeat[1] if heartbeat is not None else 0.0
     who = f"process {process.pid}" if process is not None else "a process"
     if age > LATE_SECONDS:
         return Finding(
