@@ -476,7 +476,8 @@ def test_a_port_that_somebody_else_has(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def flip_obs(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flip_observability.cli", "--dir", str(folder), "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    # A copy: the variables of the terminal's size that a library has put behind Python's back do not go along.
+    return subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
