@@ -78,7 +78,7 @@ def test_folder_and_name_can_be_chosen(run: Run) -> None:
     generator = EvaluationJsonGenerator("a/b", "c.json")
     assert (generator._results_dir, generator._json_file_name) == ("a/b", "c.json")
     assert written(run, generator) == {}
-    assert [path.name for path in (run.dir / "a" / "b").iterdir()] == ["c.json"]
+    assert sorted(path.name for path in (run.dir / "a" / "b").iterdir()) == ["c.json", "evaluation_failures.json"]
 
 
 WEIGHTS = DXO(data_kind=DataKind.WEIGHTS, data={"w": 1}).to_shareable()
@@ -101,6 +101,8 @@ def test_what_is_no_result_is_logged_and_not_kept(
     client, result, message = case
     with caplog.at_level(logging.ERROR):
         generator.handle_evaluation_events(RECEIVED, run.result(client, result, "site-2"))
+    if isinstance(generator, EvaluationJsonGenerator) and result is BAD_RESULTS["a failure"][1]:
+        message = "return_code=EXECUTION_EXCEPTION"
     assert message in caplog.text
     assert "4711" not in caplog.text
     assert kept(generator) == {}
@@ -193,7 +195,7 @@ def test_the_file_is_replaced_whole_and_no_temporary_one_stays(run: Run, generat
         generator.handle_evaluation_events(RECEIVED, run.result("site-2", metrics(acc=1), "site-2"))
         assert written(run, generator) != first
         assert json.load(before) == first  # whoever read it meanwhile has the old one, whole
-    assert list(path.parent.iterdir()) == [path]
+    assert {file.name for file in path.parent.iterdir()} <= {path.name, "evaluation_failures.json"}
 
 
 def test_a_write_that_fails_leaves_no_temporary_file(run: Run, generator: Generator) -> None:
@@ -302,3 +304,73 @@ def test_a_new_run_forgets_the_failures_of_the_last(run: Run) -> None:
     received(generator, run, FAILED)
     generator.handle_evaluation_events(EventType.START_RUN, run.context())
     assert generator.all_tasks_failed() is False
+
+
+# -- several models, supplementary results, failures, and what the hub can plot ----------------------------------------
+
+
+def evaluated(run: Run, client: str, model: str | None, data: dict[str, Any], **meta: Any) -> FLContext:
+    return run.result(client, DXO(DataKind.METRICS, data=data, meta=meta).to_shareable(), model)
+
+
+def test_an_evaluation_of_two_models_keeps_both(run: Run) -> None:
+    generator = EvaluationJsonGenerator()
+    for client in ("site-1", "site-2"):
+        for model, value in (("SRV_a", 0.5), ("SRV_b", 0.75)):
+            generator.handle_evaluation_events(RECEIVED, evaluated(run, client, model, {"acc": value}))
+    both = {"SRV_a": {"acc": 0.5}, "SRV_b": {"acc": 0.75}}
+    assert written(run, generator) == {"site-1": both, "site-2": both}
+    assert generator.hub_metrics() == {client: {"A/ACC": 0.5, "B/ACC": 0.75} for client in ("site-1", "site-2")}
+
+
+def test_supplementary_results_are_for_the_file_only_and_metrics_win(run: Run) -> None:
+    generator = EvaluationJsonGenerator()
+    more = {"acc": 9, "by_class": {"x": 9, "y": [1, 2]}, "note": "n"}
+    fl_ctx = evaluated(run, "site-1", "SRV_a", {"acc": 0.5, "by_class": {"x": 1}}, flip_supplementary_results=more)
+    generator.handle_evaluation_events(RECEIVED, fl_ctx)
+    entry = {"acc": 0.5, "by_class": {"x": 1, "y": [1, 2]}, "note": "n"}
+    assert written(run, generator) == {"site-1": {"SRV_a": entry}}
+    assert generator.hub_metrics() == {"site-1": {"ACC": 0.5, "BY_CLASS/X": 1.0}}
+
+
+def test_failed_tasks_are_written_and_the_file_is_there_without_any(run: Run) -> None:
+    generator = EvaluationJsonGenerator()
+    path = run.dir / "evaluation_results" / "evaluation_failures.json"
+    written(run, generator)
+    assert json.loads(path.read_text()) == []
+    generator.handle_evaluation_events(RECEIVED, run.result("site-1", FAILED, "SRV_a"))
+    generator.handle_evaluation_events(RECEIVED, run.result("site-2", WEIGHTS))
+    written(run, generator)
+    failures = [
+        {"model": "SRV_a", "client": "site-1", "return_code": ReturnCode.EXECUTION_EXCEPTION},
+        {"model": None, "client": "site-2", "return_code": ReturnCode.EXECUTION_RESULT_ERROR},
+    ]
+    assert json.loads(path.read_text()) == generator._eval_failures == failures
+    generator.handle_evaluation_events(EventType.START_RUN, run.context())
+    assert (generator._eval_failures, generator.hub_metrics()) == ([], {})
+
+
+def test_labels_have_their_model_where_one_of_two_failed_unless_the_reply_has_it(run: Run) -> None:
+    generator = EvaluationJsonGenerator()
+    generator.handle_evaluation_events(RECEIVED, evaluated(run, "site-1", "SRV_a", {"acc": 0.5}))
+    generator.handle_evaluation_events(RECEIVED, evaluated(run, "site-2", "SRV_a", {"a": {"acc": 0.25}}))
+    generator.handle_evaluation_events(RECEIVED, run.result("site-1", FAILED, "SRV_b"))
+    assert generator.hub_metrics() == {"site-1": {"A/ACC": 0.5}, "site-2": {"A/ACC": 0.25}}
+
+
+def test_what_the_hub_cannot_plot_is_left_out_and_said(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    generator = EvaluationJsonGenerator()
+    data = {
+        "acc": np.float32(0.5),
+        "auc": float("nan"),
+        "list": [1, 2],
+        "yes": True,
+        "text": "4711",
+        "none": None,
+        "n": 3,
+    }
+    generator.handle_evaluation_events(RECEIVED, evaluated(run, "site-1", None, data))
+    with caplog.at_level(logging.WARNING):
+        assert generator.hub_metrics() == {"site-1": {"ACC": 0.5, "N": 3.0}}
+    assert "AUC" in caplog.text
+    assert "4711" not in caplog.text

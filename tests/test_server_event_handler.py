@@ -474,6 +474,39 @@ def test_client_metrics_are_relayed_with_round_and_trust(monkeypatch: pytest.Mon
         assert hub.statuses(MODEL)[-1] == "RESULTS_UPLOADED"
 
 
+def test_an_evaluations_metrics_reach_the_hub_at_round_0_before_the_final_status(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Evaluation(Generator):
+        def hub_metrics(self) -> dict[str, dict[str, float]]:
+            return {"site-1": {"ACC": 0.5}, "site-2": {"ACC": 0.25}}
+
+    with EmbeddedHub("2026-10") as hub:
+        monkeypatch.setenv("LOCAL_DEV", "false")
+        monkeypatch.setenv("FLIP_API_INTERNAL_URL", hub.url)
+        monkeypatch.setenv("INTERNAL_SERVICE_KEY", hub.key)
+        monkeypatch.setenv("FLIP_HUB_CONTRACT", "2026-10")
+        handler, engine = make(generator=Evaluation())
+        run(handler, engine, EventType.START_RUN, *END)
+        assert hub.wait(lambda h: len(h.payloads(MODEL, "metrics")) == 2)
+        sent = {
+            (p["fl_client_name"], p["label"], p["result"], p["global_round"]) for p in hub.payloads(MODEL, "metrics")
+        }
+        assert sent == {("site-1", "ACC", 0.5, 0), ("site-2", "ACC", 0.25, 0)}
+        assert hub.statuses(MODEL) == ["RESULTS_UPLOADED"]
+
+
+def test_a_generator_that_cannot_give_its_metrics_does_not_keep_the_status_back() -> None:
+    class Evaluation(Generator):
+        def hub_metrics(self) -> dict[str, dict[str, float]]:
+            raise SystemExit(1)
+
+    client = Client()
+    handler, engine = make(client, Evaluation())
+    run(handler, engine, EventType.START_RUN, *END)
+    assert client.statuses == ["RESULTS_UPLOADED"]
+
+
 def test_a_status_that_the_jobs_code_gives_to_the_client_is_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from flip_observability import FLIP
 

@@ -90,6 +90,71 @@ class FlipMetaKey(_Text):
     """Keys of a shareable's or context's FLIP metadata."""
 
     STAGE = "stage"
+    EVAL_MODEL_NAME = "flip_eval_model_name"
+    SUPPLEMENTARY_RESULTS = "flip_supplementary_results"
+
+
+class FlipTasks(_Text):
+    """Names of the tasks that FLIP's controllers give to clients beside training and validation."""
+
+    INIT_TRAINING = "init_training"
+    POST_VALIDATION = "post_validation"
+    CLEANUP = "cleanup"
+    INIT_TASK = "init_task"
+    POST_TASK = "post_task"
+
+
+class FlipProps(_Text):
+    """Properties of a context in which FLIP's controllers leave a round's counts."""
+
+    ROUND_RETURNED = "_flip_round_returned"
+    ROUND_EXPECTED = "_flip_round_expected"
+
+
+class FLLogEvent(_Text):
+    """Events that a hub of the contract 2026-10 takes in a model's log."""
+
+    ROUND_STARTED = "ROUND_STARTED"
+    CLIENT_RESULT_RECEIVED = "CLIENT_RESULT_RECEIVED"
+    ROUND_AGGREGATED = "ROUND_AGGREGATED"
+    JOB_WAITING_FOR_RESOURCES = "JOB_WAITING_FOR_RESOURCES"
+
+
+ROUND_LESS_EVENTS = frozenset({FLLogEvent.JOB_WAITING_FOR_RESOURCES.value})
+"""Events of a job that has not begun, and so belongs to no round."""
+
+
+class JobType(_Text):
+    """Kinds of FLIP's jobs."""
+
+    STANDARD = "standard"
+    EVALUATION = "evaluation"
+    FED_OPT = "fed_opt"
+    DIFFUSION = "diffusion_model"
+
+
+class ResourceType(_Text):
+    """Kinds of imaging data, which only the hospitals' side can give."""
+
+    DICOM = "DICOM"
+    NIFTI = "NIFTI"
+    SEGMENTATION = "SEG"
+    ALL = "ALL"
+
+
+class PTConstants:
+    """Names of the files and folders of FLIP's PyTorch jobs."""
+
+    PTServerName = "server"
+    PTModelName = "model.pt"
+    PTFileModelName = "FL_global_model.pt"
+    PTBestFileModelName = "best_FL_global_model.pt"
+    PTLocalModelName = "local_model.pt"
+    CrossValResultsJsonFilename = "cross_val_results.json"
+    EvalResultsFilename = "evaluation_results.json"
+    EvalFailuresFilename = "evaluation_failures.json"
+    EvalDir = "evaluation_results"
+    EvalTaskName = "evaluation"
 
 
 class FlipMetricsLabel(_Text):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nvflare.apis.dxo import DataKind, from_shareable
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.app_constant import AppConstants
@@ -59,8 +59,11 @@ class JsonGenerator(FLComponent):
     def _results(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _keep(self, fl_ctx: FLContext, client: str, metrics: dict[str, Any]) -> None:
+    def _keep(self, fl_ctx: FLContext, client: str, dxo: DXO) -> None:
         raise NotImplementedError
+
+    def _refused(self, fl_ctx: FLContext, client: str, result: Any) -> None:
+        """What a client sent is no result: called after it has been logged."""
 
     def _forget(self, fl_ctx: FLContext) -> None:
         with self._lock:
@@ -74,11 +77,13 @@ class JsonGenerator(FLComponent):
         elif not result:
             self._refuse(fl_ctx, "Validation result not found")
         else:
-            metrics = self._metrics(fl_ctx, result)
-            if metrics is not None:
-                self._keep(fl_ctx, str(client), metrics)
+            dxo = self._metrics(fl_ctx, result)
+            if dxo is None:
+                self._refused(fl_ctx, str(client), result)
+            else:
+                self._keep(fl_ctx, str(client), dxo)
 
-    def _metrics(self, fl_ctx: FLContext, result: Any) -> dict[str, Any] | None:
+    def _metrics(self, fl_ctx: FLContext, result: Any) -> DXO | None:
         try:
             dxo = from_shareable(result)
             kind, data = dxo.data_kind, dxo.data
@@ -91,21 +96,24 @@ class JsonGenerator(FLComponent):
                 fl_ctx, f"Expected dxo of kind METRICS but got {str(getattr(kind, 'value', kind))[:64]} instead"
             )
             return None
-        return data
+        return dxo
 
     def _refuse(self, fl_ctx: FLContext, reason: str) -> None:
         self.log_error(fl_ctx, f"{reason}. The result will not be saved to json.", fire_event=False)
 
     def _write(self, fl_ctx: FLContext) -> None:
+        self._write_file(fl_ctx, self._json_file_name, self._results())
+
+    def _write_file(self, fl_ctx: FLContext, name: str, content: Any) -> None:
         engine = fl_ctx.get_engine()
         if engine is None:
-            self.log_error(fl_ctx, f"Engine not found: {self._json_file_name} is not written.", fire_event=False)
+            self.log_error(fl_ctx, f"Engine not found: {name} is not written.", fire_event=False)
             return
         run_dir = engine.get_workspace().get_run_dir(fl_ctx.get_job_id())
-        relative = os.path.join(self._results_dir, self._json_file_name)
+        relative = os.path.join(self._results_dir, name)
         path = Path(resolve_path_under_root(str(run_dir), relative, "results path"))
         with self._lock:
-            text = json.dumps(to_json(self._results()), indent=4)
+            text = json.dumps(to_json(content), indent=4)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_atomically(path, text)
 

@@ -213,6 +213,7 @@ class ServerEventHandler(UsesFlip, FLComponent):
         recorder.set_columns(intent=self._decide(recorder, failed, UploadOutcome.PENDING).value)
         recorder.is_aborted = lambda: context.is_aborted(fl_ctx)
         outcome = self._persist(recorder, fl_ctx)
+        self._send_evaluation(recorder)  # after the upload, which must not wait, and before the status that ends it all
         status = self._status(recorder, self._decide(recorder, failed, outcome))
         effects = recorder.record(FlareEvents.END_RUN, {} if status is None else {"status": status.value})
         self.final_status = recorder.state.final_status
@@ -258,6 +259,20 @@ class ServerEventHandler(UsesFlip, FLComponent):
         except BaseException as error:  # noqa: BLE001 - a generator of the job's own
             report("json_generator", error, "the generator cannot say whether all tasks failed; taken as no")
             return False
+
+    def _send_evaluation(self, recorder: RunRecorder) -> None:
+        """Tell the hub what an evaluation measured: one point per label, at round 0."""
+        collect = getattr(self.validation_json_generator, "hub_metrics", None)
+        model_id = recorder.identity.model_id
+        if not callable(collect) or model_id is None:
+            return
+        try:
+            send = getattr(self.flip, "send_metrics", None)
+            for client, labels in collect().items() if callable(send) else ():
+                for label, value in labels.items():
+                    send(client, model_id, label, value, 0)
+        except BaseException as error:  # noqa: BLE001 - a generator or client of the job's own; the status must follow
+            report("json_generator", error, "the evaluation's metrics were not all sent to the hub")
 
     def _persist(self, recorder: RunRecorder, fl_ctx: FLContext) -> UploadOutcome:
         if self.persist_and_cleanup is None or fl_ctx.get_engine() is None:

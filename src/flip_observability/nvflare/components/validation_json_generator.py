@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nvflare.apis.dxo import DXO
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.app_constant import AppConstants
 
@@ -29,10 +30,10 @@ class ValidationJsonGenerator(JsonGenerator):
     def _results(self) -> dict[str, Any]:
         return self._val_results
 
-    def _keep(self, fl_ctx: FLContext, client: str, metrics: dict[str, Any]) -> None:
+    def _keep(self, fl_ctx: FLContext, client: str, dxo: DXO) -> None:
         owner = fl_ctx.get_prop(AppConstants.MODEL_OWNER, None)
         if not owner:
             self._refuse(fl_ctx, "model_owner unknown")
             return
         with self._lock:
-            self._val_results.setdefault(client, {})[str(owner)] = metrics
+            self._val_results.setdefault(client, {})[str(owner)] = dxo.data
