@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -282,3 +283,15 @@ def test_round_events_for_the_hub_only_when_asked_to_relay() -> None:
     ]
     silent = [Event(e.name, e.time, {k: v for k, v in e.attrs.items() if k != "relay"}) for e in events]
     assert [h for e in _run(silent)[1] for h in e.hub_events] == []
+
+
+def test_a_round_tells_what_flips_controller_counted_and_only_its_own_end_says_aggregated() -> None:
+    def aggregated(*events: Event) -> list[dict[str, Any]]:
+        start = Event(FlareEvents.ROUND_STARTED, 1, {"round": 1, "relay": True, "expected": 3})
+        _, effects = _run([Event(FlareEvents.START_RUN, 0), start, *events])
+        return [dict(h.details) for e in effects for h in e.hub_events if h.event_type == "ROUND_AGGREGATED"]
+
+    counted = Event(FlareEvents.ROUND_DONE, 2, {"relay": True, "returned": 2, "expected": 2})
+    assert aggregated(counted) == [{"returned": 2, "expected": 2}]
+    assert aggregated(Event(FlareEvents.ROUND_DONE, 2, {"relay": True})) == [{"returned": 0, "expected": 3}]
+    assert aggregated(Event(FlareEvents.ABOUT_TO_END_RUN, 2), Event(FlareEvents.END_RUN, 3, {"status": "ERROR"})) == []

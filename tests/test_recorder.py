@@ -277,6 +277,7 @@ def test_round_events_are_sent_by_the_newer_contract(hub: EmbeddedHub, model_id:
         try:
             train(recorder)
             recorder.record(FlareEvents.ROUND_STARTED, {"round": 1, "total_rounds": 2, "relay": True})
+            recorder.record(FlareEvents.ROUND_DONE, {"relay": True})
             assert end(recorder)
             assert newer.statuses(model_id)[-1] == "RESULTS_UPLOADED"
             with Ledger(tmp_path) as ledger:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.widgets.validation_json_generator import ValidationJsonGenerator as FlareJsonGenerator
 
-from flip_observability.constants import FlipEvents, ModelStatus
+from flip_observability.constants import FlipEvents, FlipProps, ModelStatus
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.ending import SALVAGE
 from flip_observability.ledger import Ledger
@@ -472,6 +473,79 @@ def test_client_metrics_are_relayed_with_round_and_trust(monkeypatch: pytest.Mon
             {"trust": "Trust_2", "globalRound": 2, "label": "LOSS_FUNCTION", "result": 0.25}
         ]
         assert hub.statuses(MODEL)[-1] == "RESULTS_UPLOADED"
+
+
+def newer_hub(monkeypatch: pytest.MonkeyPatch, hub: EmbeddedHub) -> None:
+    variables = {"LOCAL_DEV": "false", "FLIP_API_INTERNAL_URL": hub.url, "INTERNAL_SERVICE_KEY": hub.key}
+    for name, value in (variables | {"FLIP_HUB_CONTRACT": "2026-10"}).items():
+        monkeypatch.setenv(name, value)
+
+
+class FlipsController:
+    """Stands for one of FLIP's controllers: the module says whose it is."""
+
+
+FlipsController.__module__ = "flip.nvflare.controllers.scatter_and_gather"
+
+
+def job_of(*controllers: Any, running: str) -> dict[str, Any]:
+    """Context props of a job whose workflows are numbered ``w0``, ``w1``, …"""
+    workflows = [SimpleNamespace(id=f"w{number}", controller=made) for number, made in enumerate(controllers)]
+    runner = SimpleNamespace(config=SimpleNamespace(workflows=workflows))
+    return {FLContextKey.RUNNER: runner, FLContextKey.WORKFLOW: running}
+
+
+def measured(**data: Any) -> dict[str, Any]:
+    shareable = DXO(DataKind.METRICS, data={"label": "LOSS", "value": 0.25, **data}).to_shareable()
+    shareable.set_peer_props({ReservedKey.IDENTITY_NAME: "site-2"})
+    return {FLContextKey.EVENT_DATA: shareable}
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_with_flips_controller_rounds_are_told_and_results_and_metrics_are_not_told_twice(
+    monkeypatch: pytest.MonkeyPatch, flips: bool
+) -> None:
+    class Subclass(FlipsController):
+        pass
+
+    with EmbeddedHub("2026-10") as hub:
+        newer_hub(monkeypatch, hub)
+        handler, engine = make()
+        # A later workflow of NVFLARE's own runs: FLIP's controller goes on sending metrics meanwhile.
+        job = job_of(Subclass() if flips else object(), object(), running="w1")
+        run(handler, engine, EventType.START_RUN)
+        started = {AppConstants.CURRENT_ROUND: 0, AppConstants.NUM_ROUNDS: 2}
+        handler.handle_event(AppEventType.ROUND_STARTED, context(engine, job | started))
+        handler.handle_event(AppEventType.AFTER_CONTRIBUTION_ACCEPT, context(engine, job))
+        handler.handle_event(FlipEvents.SEND_RESULT, context(engine, job | measured()))
+        counts = {FlipProps.ROUND_RETURNED.value: 2, FlipProps.ROUND_EXPECTED.value: 3} if flips else {}
+        handler.handle_event(AppEventType.ROUND_DONE, context(engine, job | counts))
+        run(handler, engine, *END)
+        expected = {"ROUND_STARTED", "ROUND_AGGREGATED"} | (set() if flips else {"CLIENT_RESULT_RECEIVED"})
+        assert hub.wait(lambda h: len(h.payloads(MODEL, "logs")) == len(expected))
+        sent = {p["event_type"]: dict(p["details"] or {}) for p in hub.payloads(MODEL, "logs")}
+        assert sent.keys() == expected
+        assert sent["ROUND_STARTED"] == {"total_rounds": 2}
+        assert sent["ROUND_AGGREGATED"] == ({"returned": 2, "expected": 3} if flips else {"returned": 1, "expected": 0})
+        assert hub.wait(lambda h: len(h.payloads(MODEL, "metrics")) == (0 if flips else 1))
+
+
+def test_a_metric_lies_where_its_client_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    with EmbeddedHub("2026-10") as hub:
+        newer_hub(monkeypatch, hub)
+        handler, engine = make()
+        run(handler, engine, EventType.START_RUN)
+        handler.handle_event(AppEventType.ROUND_STARTED, context(engine, {AppConstants.CURRENT_ROUND: 1}))
+        for data in (
+            {"label": "A", "x_value": 0, "x_label": "epoch"},
+            {"label": "B", "round": 7},
+            {"label": "C", "x_value": float("nan")},
+        ):
+            handler.handle_event(FlipEvents.SEND_RESULT, context(engine, measured(**data)))
+        run(handler, engine, *END)
+        assert hub.wait(lambda h: len(h.payloads(MODEL, "metrics")) == 3)
+        points = {p["label"]: (p["global_round"], p["x_value"], p["x_label"]) for p in hub.payloads(MODEL, "metrics")}
+        assert points == {"A": (2, 0.0, "epoch"), "B": (2, 7.0, "Global Rounds"), "C": (2, 2.0, "Global Rounds")}
 
 
 def test_an_evaluations_metrics_reach_the_hub_at_round_0_before_the_final_status(

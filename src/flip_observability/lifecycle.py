@@ -229,6 +229,7 @@ class RunState:
     clients: set[str] = field(default_factory=set)
     _round_clients: set[str] = field(default_factory=set)
     _round_returned: int = 0
+    _round_expected: int | None = None
     _round_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=101))
     _stall_after: float | None = None
     _open: dict[str, _OpenSpan] = field(default_factory=dict)
@@ -382,7 +383,7 @@ class RunState:
         if event.name in _CLOSING_ATTRIBUTES:
             span.attributes.update(_span_attributes(event.attrs))
         if span.name == ROUND:
-            self._round_over(span, end, effects)
+            self._round_over(span, event, end, effects)
         elif span.name == AGGREGATION:
             effects.facts.append(("aggregation_duration", end - span.start, {}))
         self._emit(span, end, effects)
@@ -425,16 +426,19 @@ class RunState:
         if len(self._late) > MAX_OPEN_TASKS:
             self._late.pop(next(iter(self._late)))
 
-    def _round_over(self, span: _OpenSpan, end: float, effects: Effects) -> None:
+    def _round_over(self, span: _OpenSpan, event: Event, end: float, effects: Effects) -> None:
         seconds = end - span.start
         self._round_seconds.append(seconds)
         self._stall_after = None
         self.round_results = self._round_returned
-        expected = len(self._round_clients)
         effects.facts.append(("round_duration", seconds, {}))
-        if span.attributes.pop("relay", False) and self.round is not None:
-            details = {"returned": self._round_returned, "expected": expected}
-            effects.hub_events.append(HubEvent("ROUND_AGGREGATED", self.round, details))
+        relay = span.attributes.pop("relay", False)
+        # Only its own event says that a round was aggregated: what else closes it may have cut it off.
+        if relay and self.round is not None and event.name == FlareEvents.ROUND_DONE:
+            expected = len(self._round_clients) if self._round_expected is None else self._round_expected
+            counts: dict[str, Scalar] = {"returned": self._round_returned, "expected": expected}
+            counts |= {key: event.attrs[key] for key in counts if key in event.attrs}
+            effects.hub_events.append(HubEvent("ROUND_AGGREGATED", self.round, counts))
 
     # -- for the ledger ----------------------------------------------------------------------------------------------
 
@@ -482,6 +486,8 @@ def _on_round(state: RunState, event: Event, effects: Effects) -> None:
     if isinstance(total, int | float):
         state.total_rounds = int(total)
     state._round_clients, state._round_returned = set(), 0
+    expected = event.attrs.get("expected")
+    state._round_expected = expected if isinstance(expected, int) else None
     span = state._open[ROUND]
     span.attributes["flip.round"] = state.round
     if state.total_rounds is not None:

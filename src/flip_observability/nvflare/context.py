@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from nvflare.apis.dxo import DataKind, from_shareable
-from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+from nvflare.apis.fl_constant import FedEventHeader, FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.app_constant import AppConstants
 
-from flip_observability.constants import FlareEvents, FlipEvents
+from flip_observability.constants import FlareEvents, FlipEvents, FlipProps
 from flip_observability.errors import report
 from flip_observability.lifecycle import Scalar
 
 FLIP_CONTROLLERS = "flip.nvflare.controllers"
 """FLIP's own controllers send results and metrics to the hub themselves; what they do is not sent twice."""
+
+_SENT_BY_FLIPS_CONTROLLERS = frozenset({FlareEvents.AFTER_CONTRIBUTION_ACCEPT.value, FlipEvents.SEND_RESULT.value})
+"""What they send; the beginning and the end of a round are left to the handler."""
 
 RESULT_PROPS = {name: f"flip.results.{name}" for name in ("uri", "bytes", "files", "crc32")}
 """What is known of an upload, and under which name the context of RESULTS_UPLOAD_COMPLETED holds it."""
@@ -58,6 +61,8 @@ def metric_of(fl_ctx: FLContext) -> dict[str, Any] | None:
     if dxo.data_kind != DataKind.METRICS or not {"label", "value"} <= dxo.data.keys():
         return None
     client = data.get_peer_prop(ReservedKey.IDENTITY_NAME, "") or peer_name(fl_ctx)
+    client = client or data.get_header(FedEventHeader.ORIGIN, "")
+    x_label = dxo.data.get("x_label")
     value = float(dxo.data["value"])
     if not math.isfinite(value):
         return None
@@ -65,8 +70,15 @@ def metric_of(fl_ctx: FLContext) -> dict[str, Any] | None:
         "client": str(client)[:MAX_TEXT],
         "label": str(dxo.data["label"])[:MAX_TEXT],
         "value": value,
-        "round": dxo.data.get("round"),
+        "round": _finite(dxo.data.get("round")),
+        "x_value": _finite(dxo.data.get("x_value")),
+        "x_label": x_label[:MAX_TEXT] if isinstance(x_label, str) else None,
     }
+
+
+def _finite(value: Any) -> int | float | None:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None
 
 
 def peer_name(fl_ctx: FLContext) -> str:
@@ -95,21 +107,32 @@ def run_directory(fl_ctx: FLContext) -> str:
     return path if isinstance(path, str) else ""
 
 
-def is_flips_own_workflow(fl_ctx: FLContext) -> bool:
-    """Whether the workflow that runs now is one of FLIP's controllers."""
+def is_ours_to_relay(event_type: str, fl_ctx: FLContext) -> bool:
+    """Whether nobody else tells the hub of such an event in this job."""
+    return event_type not in _SENT_BY_FLIPS_CONTROLLERS or not has_flips_workflow(fl_ctx)
+
+
+def has_flips_workflow(fl_ctx: FLContext) -> bool:
+    """Whether one of the job's workflows is a controller of FLIP's, or made of one.
+
+    All of them, not only the one that runs: FLIP's controller goes on sending metrics after its last round.
+    """
     try:
         runner = _prop(fl_ctx, FLContextKey.RUNNER)
-        name = _prop(fl_ctx, FLContextKey.WORKFLOW)
         workflows = getattr(getattr(runner, "config", None), "workflows", None) or []
-        return any(w.id == name and type(w.controller).__module__.startswith(FLIP_CONTROLLERS) for w in workflows)
+        return any(_is_flips(type(workflow.controller)) for workflow in workflows)
     except Exception as error:  # noqa: BLE001 - internals of NVFLARE: an unknown shape means "not FLIP's"
-        report("context", error, "cannot tell whose controller runs; its events are relayed")
+        report("context", error, "cannot tell whose controllers the job has; its events are relayed")
         return False
 
 
 def is_aborted(fl_ctx: FLContext) -> bool:
     """Whether the run was aborted by now, by a person or because a client's process died."""
     return getattr(fl_ctx.get_run_abort_signal(), "triggered", None) is True
+
+
+def _is_flips(controller: type) -> bool:
+    return any(f"{kind.__module__}.".startswith(f"{FLIP_CONTROLLERS}.") for kind in controller.__mro__)
 
 
 def _from_workspace(fl_ctx: FLContext, read: Callable[[Any], Any]) -> Any:
@@ -147,7 +170,25 @@ def _round(fl_ctx: FLContext, relay: bool) -> dict[str, Scalar]:
         attrs["round"] = current + 1  # NVFLARE counts from 0, everybody else from 1
     if isinstance(total, int):
         attrs["total_rounds"] = total
+    if relay:
+        attrs |= _awaited(fl_ctx)
     return attrs
+
+
+def _awaited(fl_ctx: FLContext) -> dict[str, Scalar]:
+    """The clients that a round begins with. What FLIP's controller counted of the last round is taken back."""
+    for prop in FlipProps:
+        fl_ctx.set_prop(prop.value, None, private=True, sticky=True)
+    clients = getattr(fl_ctx.get_engine(), "get_clients", None)
+    return {"expected": len(clients())} if callable(clients) else {}
+
+
+def _round_done(fl_ctx: FLContext, relay: bool) -> dict[str, Scalar]:
+    counts = {
+        "returned": _prop(fl_ctx, FlipProps.ROUND_RETURNED.value),
+        "expected": _prop(fl_ctx, FlipProps.ROUND_EXPECTED.value),
+    }
+    return {key: value for key, value in counts.items() if isinstance(value, int)}
 
 
 def _contribution(fl_ctx: FLContext, relay: bool) -> dict[str, Scalar]:
@@ -199,6 +240,7 @@ _READERS: dict[str, Callable[[FLContext, bool], dict[str, Scalar]]] = {
     FlareEvents.AFTER_TASK_DATA_FILTER.value: _task,
     FlareEvents.BEFORE_PROCESS_SUBMISSION.value: _submission,
     FlareEvents.ROUND_STARTED.value: _round,
+    FlareEvents.ROUND_DONE.value: _round_done,
     FlareEvents.AFTER_CONTRIBUTION_ACCEPT.value: _contribution,
     FlareEvents.CLIENT_DISCONNECTED.value: _named(FLContextKey.DISCONNECTED_CLIENT_NAME),
     FlareEvents.CLIENT_RECONNECTED.value: _named(FLContextKey.RECONNECTED_CLIENT_NAME),

@@ -171,7 +171,7 @@ class ServerEventHandler(UsesFlip, FLComponent):
         if event_type == FlareEvents.END_RUN and not recorder.state.is_premature_end():
             self._end_run(recorder, fl_ctx)
             return
-        relay = recorder.contract.takes_events and not context.is_flips_own_workflow(fl_ctx)
+        relay = recorder.contract.takes_events and context.is_ours_to_relay(event_type, fl_ctx)
         attrs = context.event_attributes(event_type, fl_ctx, relay=relay)
         effects = recorder.record(event_type, attrs)
         self.fatal_error = self.fatal_error or recorder.state.fatal
@@ -191,12 +191,17 @@ class ServerEventHandler(UsesFlip, FLComponent):
     def _relay_metric(self, recorder: RunRecorder, attrs: dict[str, Any], fl_ctx: FLContext) -> None:
         metric = context.metric_of(fl_ctx)
         model_id = recorder.identity.model_id
-        if metric is None or model_id is None or context.is_flips_own_workflow(fl_ctx):
-            return
-        number = metric["round"] if isinstance(metric["round"], int) else recorder.state.round or 0
         send = getattr(self.flip, "send_metrics", None)
-        if callable(send):
-            send(metric["client"], model_id, metric["label"], metric["value"], number)
+        if metric is None or model_id is None or not callable(send) or context.has_flips_workflow(fl_ctx):
+            return
+        number, x_value, said = recorder.state.round or 0, metric["x_value"], metric["round"]
+        if recorder.contract.takes_events:
+            x_value = said if x_value is None else x_value
+        elif isinstance(said, int):
+            number = said  # where a hub knows no x axis, the round that a client names is where its point lies
+        axis = {"x_value": x_value, "x_label": metric["x_label"] or None}
+        where = {key: value for key, value in axis.items() if value is not None}
+        send(metric["client"], model_id, metric["label"], metric["value"], number, **where)
 
     def _tell_foreign(self, status: ModelStatus, seconds: float = FOREIGN_CLIENT_SECONDS) -> None:
         if self._foreign is not None:
@@ -267,10 +272,9 @@ class ServerEventHandler(UsesFlip, FLComponent):
         if not callable(collect) or model_id is None:
             return
         try:
-            send = getattr(self.flip, "send_metrics", None)
-            for client, labels in collect().items() if callable(send) else ():
+            for client, labels in collect().items():
                 for label, value in labels.items():
-                    send(client, model_id, label, value, 0)
+                    self.flip.send_metrics(client, model_id, label, value, 0)
         except BaseException as error:  # noqa: BLE001 - a generator or client of the job's own; the status must follow
             report("json_generator", error, "the evaluation's metrics were not all sent to the hub")
 
