@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import flip_observability
 from flip_observability import FLIP, client, hub
 from flip_observability.client import MAX_LOG_CHARACTERS, CleanupError, NotOnThisSideError, Outbox, attach, detach
-from flip_observability.constants import FlareEvents, FlipEvents, ModelStatus
+from flip_observability.constants import FlareEvents, FlipEvents, FLLogEvent, ModelStatus
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.ledger import Entry, Ledger
 from flip_observability.results import ResultsUploadError
@@ -73,7 +73,7 @@ def alone(hub_server: EmbeddedHub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def local(**more: Any) -> FLIP:
-    return FLIP(Settings.model_validate({"LOCAL_DEV": True} | more))
+    return FLIP(settings=Settings.model_validate({"LOCAL_DEV": True} | more))
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
@@ -102,8 +102,8 @@ def test_a_status_that_is_none(status: Any, sink: Sink) -> None:
 
 @pytest.mark.parametrize("model_id", BAD_MODEL_IDS)
 def test_a_model_id_that_is_none(model_id: Any, sink: Sink, tmp_path: Path) -> None:
-    flip = local()
-    calls: list[Callable[[], None]] = [
+    flip = _real()
+    calls: list[Callable[[], object]] = [
         lambda: flip.update_status(model_id, ModelStatus.ERROR),
         lambda: flip.send_metrics("site-1", model_id, "L", 1.0, 1),
         lambda: flip.send_handled_exception("text", "site-1", model_id),
@@ -136,7 +136,7 @@ def test_metrics_as_the_outbox_has_them(sink: Sink) -> None:
     flip = FLIP()
     flip.send_metrics("site-1", MODEL, "LOSS_FUNCTION", 0.5, 3)
     foreign: Any = NumberOfALibrary()
-    flip.send_metrics(client_name="site-1", model_id=MODEL, label="L", value=foreign, round=foreign)
+    flip.send_metrics(client_name="site-1", model_id=MODEL, label="L", value=foreign, global_round=foreign)
     flip.send_metrics("site-1", MODEL, "L", 1, 2.0, x_value=7, x_label="Steps")  # type: ignore[arg-type]
     base = {"client": "site-1", "label": "L"}
     assert [(kind, payload, final) for kind, _, payload, final in sink.posts] == [
@@ -162,12 +162,12 @@ BAD_METRICS: list[dict[str, Any]] = [
     {"value": None},
     {"value": [1.0]},
     {"value": _Raises()},
-    {"round": -1},
-    {"round": 2**31},
-    {"round": 1.5},
-    {"round": "1"},
-    {"round": None},
-    {"round": _Raises()},
+    {"global_round": -1},
+    {"global_round": 2**31},
+    {"global_round": 1.5},
+    {"global_round": "1"},
+    {"global_round": None},
+    {"global_round": _Raises()},
     {"label": ""},
     {"label": "\0"},
     {"label": None},
@@ -175,7 +175,6 @@ BAD_METRICS: list[dict[str, Any]] = [
     {"client_name": ""},
     {"client_name": None},
     {"x_value": float("inf")},
-    {"x_label": ""},
     {"x_label": "x" * 65},
 ]
 
@@ -184,7 +183,7 @@ BAD_METRICS: list[dict[str, Any]] = [
 def test_a_metric_that_no_hub_would_take_is_logged_and_not_sent(
     bad: dict[str, Any], sink: Sink, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good: dict[str, Any] = {"client_name": "site-1", "label": "L", "value": 0.5, "round": 1}
+    good: dict[str, Any] = {"client_name": "site-1", "label": "L", "value": 0.5, "global_round": 1}
     FLIP().send_metrics(model_id=MODEL, **(good | bad))
     assert sink.posts == []
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
@@ -227,8 +226,68 @@ def test_what_is_no_text_is_a_type_error(sink: Sink) -> None:
     with pytest.raises(TypeError, match="formatted_exception"):
         FLIP().send_handled_exception(ValueError("patient 4711"), "site-1", MODEL)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="client_name"):
-        FLIP().send_handled_exception("text", None, MODEL)  # type: ignore[arg-type]
+        FLIP().send_handled_exception("text", 7, MODEL)  # type: ignore[arg-type]
     assert sink.posts == []
+
+
+def test_flips_keywords_are_ours_and_a_recorded_status_is_true(sink: Sink) -> None:
+    flip = FLIP(job_type="evaluation")
+    assert flip.update_status(model_id=MODEL, new_model_status=ModelStatus.ERROR) is True
+    flip.send_metrics(client_name="c", model_id=MODEL, label="L", value=1, global_round=0, x_value=None, x_label="")
+    flip.send_handled_exception(formatted_exception="text", client_name=None, model_id=MODEL)
+    assert [(kind, payload) for kind, _, payload, _ in sink.posts] == [
+        ("status", {"status": "ERROR"}),
+        ("metric", {"client": "c", "round": 0, "label": "L", "value": 1.0}),
+        ("log", {"client": None, "log": "text"}),
+    ]
+    with pytest.raises(ValueError, match="Unknown job_type"):
+        FLIP(job_type="another")
+
+
+def test_a_status_that_could_not_be_recorded_is_false() -> None:
+    class Broken(Sink):
+        def post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool) -> None:
+            raise OSError
+
+    sink = Broken()
+    attach(sink)
+    try:
+        assert FLIP().update_status(MODEL, "ERROR") is False
+    finally:
+        detach(sink)
+
+
+def test_in_local_dev_a_model_id_need_not_be_a_uuid(sink: Sink, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    flip = local()
+    assert flip.update_status("my-model", "ERROR") is True
+    flip.send_metrics("c", "my-model", "L", 1.0, 1)
+    flip.send_handled_exception("text", None, "my-model")
+    flip.send_event("my-model", "ROUND_STARTED", 1)
+    assert sink.posts == []
+    assert caplog.text.count("only logged") == 4
+
+
+def test_events_as_the_outbox_has_them(sink: Sink, caplog: pytest.LogCaptureFixture) -> None:
+    flip = local(FLIP_HUB_CONTRACT="2026-10")
+    flip.send_event(model_id=MODEL, event_type=FLLogEvent.ROUND_STARTED, global_round=1, details={"total_rounds": 2})
+    waits = {"event_type": "JOB_WAITING_FOR_RESOURCES", "global_round": None, "client_name": "site-1", "success": False}
+    flip.send_event(MODEL, **waits)  # type: ignore[arg-type]
+    good = {"client": None, "event_type": "ROUND_STARTED", "round": 1, "details": {"total_rounds": 2}, "success": True}
+    wait = {"client": "site-1", "event_type": "JOB_WAITING_FOR_RESOURCES", "round": None, "details": None}
+    assert [post[2] for post in sink.posts] == [good, wait | {"success": False}]
+    for kind, model_id, payload, _ in sink.posts:
+        body = hub.CONTRACTS["2026-10"].request(kind, model_id, payload)[2]
+        assert body is not None
+    bad: list[dict[str, Any]] = [{"event_type": kind} for kind in ("", " ", "x" * 65, "QUEUE_POSITION", None)]
+    bad += [{"global_round": number} for number in (None, 0, -1, "1")]
+    bad += [{"details": details} for details in ({"x": "y" * 9_000}, {"x": float("nan")}, {"x": object()}, [1])]
+    for change in bad:
+        flip.send_event(MODEL, **({"event_type": "ROUND_STARTED", "global_round": 1} | change))
+    assert len(sink.posts) == 2
+    assert len(caplog.records) == len(bad)
+    local(FLIP_HUB_CONTRACT="2026-05").send_event(MODEL, "ROUND_STARTED", 1)
+    assert len(sink.posts) == 2
 
 
 def test_the_hospitals_side_is_not_here() -> None:
@@ -516,13 +575,24 @@ def test_any_failure_of_an_upload_is_one_exception(folder: Any, tmp_path: Path, 
 
 
 def _real() -> FLIP:
-    return FLIP(Settings.model_validate({"LOCAL_DEV": False, "INTERNAL_SERVICE_KEY": "k"}))
+    return FLIP(settings=Settings.model_validate({"LOCAL_DEV": False, "INTERNAL_SERVICE_KEY": "k"}))
 
 
 def test_cleaning_up_removes_a_folder(run_dir: Path) -> None:
     _real().cleanup(run_dir)
     assert not run_dir.exists()
     assert run_dir.parent.exists()
+
+
+def test_what_needs_no_hub_needs_no_service_key(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detach()
+    monkeypatch.setenv("LOCAL_DEV", "false")
+    monkeypatch.setenv("INTERNAL_SERVICE_KEY", "")
+    monkeypatch.setenv("UPLOADED_FEDERATED_DATA_BUCKET", (tmp_path / "bucket").as_uri())
+    receipt = FLIP().upload_results_to_s3(run_dir, MODEL)
+    assert receipt.size > 0
+    FLIP().cleanup(run_dir)
+    assert not run_dir.exists()
 
 
 def test_cleaning_up_only_says_so_in_local_dev(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -83,7 +83,7 @@ def test_an_upload_is_spans_below_its_own(
             recorder.record(FlareEvents.START_RUN)
             recorder.record(FlareEvents.ABOUT_TO_END_RUN)
             recorder.record(FlipEvents.RESULTS_UPLOAD_STARTED)
-            status = upload(recorder, FLIP(settings), run_dir, model_id)
+            status = upload(recorder, FLIP(settings=settings), run_dir, model_id)
             researchers_calls(bucket)
             recorder.record(FlareEvents.END_RUN, {"status": status})
             assert recorder.finish(20)

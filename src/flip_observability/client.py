@@ -6,6 +6,7 @@ It sends nothing itself. What the hub must be told goes to the recorder of the r
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import operator
@@ -18,13 +19,22 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from flip_observability.constants import FINAL_STATUSES, ModelStatus, OwnEvents
+from pydantic import SecretStr, ValidationError
+
+from flip_observability.constants import (
+    FINAL_STATUSES,
+    ROUND_LESS_EVENTS,
+    FLLogEvent,
+    JobType,
+    ModelStatus,
+    OwnEvents,
+)
 from flip_observability.errors import report
-from flip_observability.hub import Dispatcher, transport_for
+from flip_observability.hub import CONTRACTS, Dispatcher, transport_for
 from flip_observability.ledger import Entry, Ledger, LedgerError, OutboxItem
 from flip_observability.lifecycle import Event, fold
 from flip_observability.results import Destination, Receipt, ResultsUploadError, upload_results
-from flip_observability.settings import LEDGER_FOLDER, Settings
+from flip_observability.settings import LEDGER_FOLDER, Settings, SettingsError
 from flip_observability.spool import Spool
 from flip_observability.utils import canonical_uuid
 
@@ -36,6 +46,9 @@ MAX_NAME_CHARACTERS = 1_000
 MAX_LABEL_CHARACTERS = 64
 """Of a label of the x axis, as the contract has it."""
 MAX_ROUND = 2**31 - 1
+MAX_DETAILS_BYTES = 8_192
+HUBS_OWN_EVENT = "QUEUE_POSITION"
+"""The hub's scheduler alone says it, and refuses it from anybody else."""
 MAX_WAITED_FOR = 100
 """Models whose latest status :meth:`FLIP.flush` waits for."""
 
@@ -96,10 +109,19 @@ class FLIP:
     """FLIP's client. Any number of them share what the process has: making one costs nothing.
 
     Args:
+        job_type: the kind of job; all kinds are served alike.
         settings: read from the environment when first needed, if None.
+
+    Raises:
+        ValueError: for a job type that FLIP does not have.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    logger = log
+
+    def __init__(self, job_type: JobType | str = JobType.STANDARD, *, settings: Settings | None = None) -> None:
+        kinds = [kind.value for kind in JobType]
+        if str(job_type) not in kinds:
+            raise ValueError(f"Unknown job_type: it must be one of {', '.join(kinds)}")
         self._settings = settings
 
     @property
@@ -113,32 +135,34 @@ class FLIP:
             self._settings = Settings.load()
         return self._settings
 
-    def update_status(self, model_id: str, status: ModelStatus | str) -> None:
+    def update_status(self, model_id: str, new_model_status: ModelStatus | str) -> bool:
         """Tell the hub a model's status. It is durable when this returns, and sent until the hub has accepted it.
 
         Args:
-            model_id: the model's UUID.
-            status: a member of :class:`ModelStatus`, or its value.
+            model_id: the model's UUID. With ``LOCAL_DEV`` one that is none is only logged, here and in the calls below.
+            new_model_status: a member of :class:`ModelStatus`, or its value.
+
+        Returns:
+            Whether it is recorded. The hub itself may hear it later, and then need not be told again.
 
         Raises:
             ValueError: for a model id that is no UUID, and for a status that is none.
             SettingsError: outside a run, when the environment cannot be used.
         """
-        model_id = _model_id(model_id)
         try:
-            known = ModelStatus(str(status))
+            known = ModelStatus(str(new_model_status))
         except ValueError:
             raise ValueError(f"Invalid status: expected one of {', '.join(ModelStatus)}") from None
-        self._post("status", model_id, {"status": known.value}, known in FINAL_STATUSES)
+        model = self._model_id(model_id, "a status")
+        return model is None or self._post("status", model, {"status": known.value}, known in FINAL_STATUSES)
 
-    def send_metrics(
+    def send_metrics(  # noqa: PLR0917 - FLIP's signature
         self,
         client_name: str,
         model_id: str,
         label: str,
         value: float,
-        round: int,  # noqa: A002 - FLIP's name
-        *,
+        global_round: int,
         x_value: float | None = None,
         x_label: str | None = None,
     ) -> None:
@@ -149,51 +173,97 @@ class FLIP:
             model_id: the model's UUID.
             label: which metric.
             value: a finite number.
-            round: the global round.
+            global_round: the round it was measured in.
             x_value: where it lies on the x axis, for hubs that take it; the round when None.
-            x_label: what the x axis is, up to 64 characters.
+            x_label: what the x axis is, up to 64 characters; the hub's own name for rounds when there is none.
 
         Raises:
             ValueError: for a model id that is no UUID.
             SettingsError: outside a run, when the environment cannot be used.
         """
-        model_id = _model_id(model_id)
+        model = self._model_id(model_id, "a metric")
+        if model is None:
+            return
         try:
             payload: dict[str, Any] = {
                 "client": _name(client_name, "client name"),
-                "round": _round(round),
+                "round": _round(global_round),
                 "label": _name(label, "label"),
                 "value": _finite(value, "value"),
             }
             if x_value is not None:
                 payload["x_value"] = _finite(x_value, "x value")
-            if x_label is not None:
+            if x_label is not None and x_label != "":
                 payload["x_label"] = _name(x_label, "x label", MAX_LABEL_CHARACTERS)
         except ValueError as error:  # its text is one of ours
-            log.warning("A metric of model %s was not sent: %s.", model_id, error)
+            log.warning("A metric of model %s was not sent: %s.", model, error)
             return
-        self._post("metric", model_id, payload)
+        self._post("metric", model, payload)
 
-    def send_handled_exception(self, formatted_exception: str, client_name: str, model_id: str) -> None:
+    def send_handled_exception(self, formatted_exception: str, client_name: str | None, model_id: str) -> None:
         """Send the text of an exception to the hub's log of a model. It goes there and nowhere else.
 
         Args:
             formatted_exception: the text; from one that is very long the middle is left out.
-            client_name: NVFLARE's name of the client where it happened.
+            client_name: NVFLARE's name of the client where it happened; None when that is not known.
             model_id: the model's UUID.
 
         Raises:
-            TypeError: when text or client name is no ``str``.
+            TypeError: when the text is no ``str``, or the client name is neither that nor None.
             ValueError: for a model id that is no UUID.
             SettingsError: outside a run, when the environment cannot be used.
         """
         if not isinstance(formatted_exception, str):
             raise TypeError(f"formatted_exception must be a str, not {type(formatted_exception).__name__}")
-        if not isinstance(client_name, str):
-            raise TypeError(f"client_name must be a str, not {type(client_name).__name__}")
-        model_id = _model_id(model_id)
-        payload = {"client": _sayable(client_name)[:MAX_NAME_CHARACTERS], "log": _shortened(formatted_exception)}
-        self._post("log", model_id, payload)
+        if not isinstance(client_name, str | None):
+            raise TypeError(f"client_name must be a str or None, not {type(client_name).__name__}")
+        model = self._model_id(model_id, "an exception")
+        if model is None:
+            return
+        client = None if client_name is None else _sayable(client_name)[:MAX_NAME_CHARACTERS]
+        self._post("log", model, {"client": client, "log": _shortened(formatted_exception)})
+
+    def send_event(  # noqa: PLR0917 - FLIP's signature
+        self,
+        model_id: str,
+        event_type: FLLogEvent | str,
+        global_round: int | None,
+        client_name: str | None = None,
+        details: dict[str, Any] | None = None,
+        success: bool = True,
+    ) -> None:
+        """Tell the hub an event of a run. One that no hub would take is logged and forgotten.
+
+        A hub of the contract 2026-05 takes no events: then nothing is sent.
+
+        Args:
+            model_id: the model's UUID.
+            event_type: a member of :class:`FLLogEvent`, or another name that the hub knows.
+            global_round: from 1; None for an event of a job that has not begun.
+            client_name: NVFLARE's name of the client it is about, if it is about one.
+            details: what is known about it, up to 8192 bytes of JSON.
+            success: whether it is a good sign.
+
+        Raises:
+            ValueError: for a model id that is no UUID.
+            SettingsError: outside a run, when the environment cannot be used.
+        """
+        model = self._model_id(model_id, "an event")
+        if model is None:
+            return
+        try:
+            payload = {
+                "client": None if client_name is None else _name(client_name, "client name"),
+                "event_type": _event_type(event_type),
+                "round": _event_round(event_type, global_round),
+                "details": _details(details),
+                "success": bool(success),
+            }
+        except ValueError as error:  # its text is one of ours
+            log.warning("An event of model %s was not sent: %s.", model, error)
+            return
+        if CONTRACTS[self.settings.hub_contract].takes_events:
+            self._post("event", model, payload)
 
     def upload_results_to_s3(self, results_folder: str | os.PathLike[str], model_id: str) -> Receipt:
         """Upload a run directory, verified, and return when it has arrived. Nothing in the directory changes.
@@ -214,7 +284,7 @@ class FLIP:
             canonical = canonical_uuid(model_id)
             if canonical is None:
                 raise ResultsUploadError("other", "the model id is no UUID")
-            sink = _sink_for(lambda: self.settings)
+            sink = _attached  # the run's, which wants to know; an outbox of this process's own does not
             with getattr(sink, "upload_context", nullcontext)():
                 return upload_results(
                     Path(results_folder),
@@ -240,7 +310,7 @@ class FLIP:
             CleanupError: "Failed to clean up path…", the cause chained.
             SettingsError: when the environment cannot be used.
         """
-        if self.settings.local_dev:
+        if self._without_hub().local_dev:
             log.info("LOCAL_DEV: %s is not removed", path)
             return
         try:
@@ -273,16 +343,39 @@ class FLIP:
         """Not on this side: always raises :class:`NotOnThisSideError`."""
         _not_on_this_side("add_resource")
 
-    def _post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool = False) -> None:
+    def _model_id(self, value: Any, what: str) -> str | None:
+        """The canonical spelling; None for what is no UUID and, with ``LOCAL_DEV``, need not be one."""
+        model_id = canonical_uuid(value)
+        if model_id is None:
+            if not self.settings.local_dev:
+                raise ValueError("Invalid model ID: it must be a UUID")
+            log.info("LOCAL_DEV: %s of a model without a UUID is only logged", what)
+        return model_id
+
+    def _post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool = False) -> bool:
         sink = _sink_for(lambda: self.settings)
         try:
             sink.post(kind, model_id, payload, final)
         except Exception as error:  # noqa: BLE001 - the caller is a run, and the run goes on
             report("client", error, f"a {kind} of model {model_id} could not be kept for the hub")
+            return False
+        return True
 
-    def _destination(self, sink: StatusSink) -> Destination:
-        folder = getattr(sink, "directory", None) or self.settings.directory or Path(LEDGER_FOLDER)
-        return results_destination(self.settings, Path(folder))
+    def _without_hub(self) -> Settings:
+        """The settings for what needs no hub, and so no service key."""
+        try:
+            return self.settings
+        except SettingsError:
+            try:
+                return Settings(service_key=SecretStr("needed by nobody here"))
+            except ValidationError:
+                pass
+            raise
+
+    def _destination(self, sink: StatusSink | None) -> Destination:
+        settings = self._without_hub()
+        folder = getattr(sink, "directory", None) or settings.directory or Path(LEDGER_FOLDER)
+        return results_destination(settings, Path(folder))
 
 
 def results_destination(settings: Settings, folder: Path) -> Destination:
@@ -413,13 +506,6 @@ class Outbox:
         return send and won
 
 
-def _model_id(value: Any) -> str:
-    model_id = canonical_uuid(value)
-    if model_id is None:
-        raise ValueError("Invalid model ID: it must be a UUID")
-    return model_id
-
-
 def _sayable(text: str) -> str:
     """Text that JSON and a database can hold: no NUL, no half characters."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
@@ -457,6 +543,32 @@ def _round(value: Any) -> int:
     if not 0 <= number <= MAX_ROUND:
         raise ValueError(f"its round must be a whole number from 0 to {MAX_ROUND}")
     return number
+
+
+def _event_type(value: Any) -> str:
+    name = _name(str(value) if isinstance(value, FLLogEvent) else value, "type", MAX_LABEL_CHARACTERS)
+    if not name.strip() or name == HUBS_OWN_EVENT:
+        raise ValueError(f"its type must not be blank or {HUBS_OWN_EVENT}, which is the hub's own")
+    return name
+
+
+def _event_round(event_type: Any, value: Any) -> int | None:
+    if value is None and str(event_type) in ROUND_LESS_EVENTS:
+        return None
+    number = _round(value)
+    if number == 0:
+        raise ValueError("its round must be counted from 1")
+    return number
+
+
+def _details(value: Any) -> dict[str, Any] | None:
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except Exception:  # noqa: BLE001 - what a caller gives can be anything, also no JSON at all
+        raise ValueError("its details cannot be written as JSON") from None
+    if not isinstance(value, dict | None) or len(text) > MAX_DETAILS_BYTES:
+        raise ValueError(f"its details must be a dict of up to {MAX_DETAILS_BYTES} bytes")
+    return value
 
 
 def _not_on_this_side(name: str) -> NoReturn:

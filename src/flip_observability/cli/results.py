@@ -45,7 +45,7 @@ def results_upload(ctx: typer.Context, run: RunArgument, latest: LatestOption = 
             sink = _UploadSink(ledger, row["run_id"], ledger_directory(ctx), progress)
             attach(sink)
             try:
-                receipt = FLIP(settings).upload_results_to_s3(run_dir, row["model_id"] or row["run_id"])
+                receipt = FLIP(settings=settings).upload_results_to_s3(run_dir, row["model_id"] or row["run_id"])
             except ResultsUploadError as error:
                 raise CommandError(f"{error}. The results are still in {run_dir}") from error
             finally:
