@@ -271,8 +271,13 @@ def test_in_local_dev_a_model_id_need_not_be_a_uuid(sink: Sink, caplog: pytest.L
 def test_events_as_the_outbox_has_them(sink: Sink, caplog: pytest.LogCaptureFixture) -> None:
     flip = local(FLIP_HUB_CONTRACT="2026-10")
     flip.send_event(model_id=MODEL, event_type=FLLogEvent.ROUND_STARTED, global_round=1, details={"total_rounds": 2})
-    waits = {"event_type": "JOB_WAITING_FOR_RESOURCES", "global_round": None, "client_name": "site-1", "success": False}
-    flip.send_event(MODEL, **waits)  # type: ignore[arg-type]
+    waits: dict[str, Any] = {
+        "event_type": "JOB_WAITING_FOR_RESOURCES",
+        "global_round": None,
+        "client_name": "site-1",
+        "success": False,
+    }
+    flip.send_event(MODEL, **waits)
     good = {"client": None, "event_type": "ROUND_STARTED", "round": 1, "details": {"total_rounds": 2}, "success": True}
     wait = {"client": "site-1", "event_type": "JOB_WAITING_FOR_RESOURCES", "round": None, "details": None}
     assert [post[2] for post in sink.posts] == [good, wait | {"success": False}]
@@ -283,7 +288,8 @@ def test_events_as_the_outbox_has_them(sink: Sink, caplog: pytest.LogCaptureFixt
     bad += [{"global_round": number} for number in (None, 0, -1, "1")]
     bad += [{"details": details} for details in ({"x": "y" * 9_000}, {"x": float("nan")}, {"x": object()}, [1])]
     for change in bad:
-        flip.send_event(MODEL, **({"event_type": "ROUND_STARTED", "global_round": 1} | change))
+        good_one: dict[str, Any] = {"event_type": "ROUND_STARTED", "global_round": 1}
+        flip.send_event(MODEL, **(good_one | change))
     assert len(sink.posts) == 2
     assert len(caplog.records) == len(bad)
     local(FLIP_HUB_CONTRACT="2026-05").send_event(MODEL, "ROUND_STARTED", 1)
