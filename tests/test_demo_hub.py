@@ -41,6 +41,8 @@ METRIC = {"trust": "Trust_1", "globalRound": 1, "label": "ACCURACY", "result": 0
 LOG = {"trust": "Trust_1", "log": "text"}
 METRIC_10 = {"fl_client_name": "site-1", "global_round": 0, "label": "ACCURACY", "result": 0.5}
 LOG_10 = {"fl_client_name": None, "log": "text", "success": False}
+NULLS: dict[str, Any] = dict.fromkeys(("fl_client_name", "log", "event_type", "global_round", "details"))
+NULLS["success"] = True
 EVENT_10 = {
     "fl_client_name": "site-1",
     "event_type": "CLIENT_RESULT_RECEIVED",
@@ -138,6 +140,11 @@ def test_status_has_no_body(hub: EmbeddedHub) -> None:
         ("2026-10", "metrics", {**METRIC_10, "x_value": 2.5, "x_label": "Epochs"}),
         ("2026-10", "logs", LOG_10),
         ("2026-10", "logs", EVENT_10),
+        # As FLIP's own client sends them: all six keys, nulls included.
+        ("2026-10", "logs", {**NULLS, "fl_client_name": "site-1", "log": "text", "success": False}),
+        ("2026-10", "logs", {**NULLS, "log": "text", "success": False}),
+        ("2026-10", "logs", {**NULLS, "event_type": "ROUND_STARTED", "global_round": 1}),
+        ("2026-10", "logs", {**NULLS, "event_type": "JOB_WAITING_FOR_RESOURCES", "fl_client_name": "site-1"}),
     ],
 )
 def test_good_payloads(contract: Any, kind: str, good: dict[str, Any]) -> None:
@@ -164,7 +171,11 @@ def test_good_payloads(contract: Any, kind: str, good: dict[str, Any]) -> None:
         ("2026-10", "metrics", METRIC_10, {"x_label": ""}),
         ("2026-10", "metrics", METRIC_10, {"x_label": "x" * 65}),
         ("2026-10", "metrics", METRIC_10, {"fl_client_name": None}),
-        ("2026-10", "logs", LOG_10, {"success": True}),
+        ("2026-10", "logs", LOG_10, {"event_type": "ROUND_STARTED", "global_round": 1}),
+        ("2026-10", "logs", LOG_10, {"log": None}),
+        ("2026-10", "logs", EVENT_10, {"global_round": None}),
+        ("2026-10", "logs", EVENT_10, {"event_type": " "}),
+        ("2026-10", "logs", EVENT_10, {"event_type": "QUEUE_POSITION"}),
         ("2026-10", "logs", EVENT_10, {"global_round": 0}),
         ("2026-10", "logs", EVENT_10, {"event_type": "x" * 65}),
         ("2026-10", "logs", EVENT_10, {"details": []}),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -26,9 +27,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from flip_observability.constants import ModelStatus
+from flip_observability.constants import ROUND_LESS_EVENTS, ModelStatus
 
 Contract = Literal["2026-05", "2026-10"]
 
@@ -71,24 +72,31 @@ class _Metric202610(_Payload):
 
 
 class _Log202610(_Payload):
-    fl_client_name: str | None
-    log: str
-    success: Literal[False]
+    """A row of a model's log: a text or an event. Senders may leave out what is null, or write it."""
 
+    fl_client_name: str | None = None
+    log: str | None = None
+    event_type: Annotated[str, Field(max_length=64)] | None = None
+    global_round: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    details: dict[str, Any] | None = None
+    success: bool = True
 
-class _Event202610(_Payload):
-    fl_client_name: str | None
-    event_type: Annotated[str, Field(max_length=64)]
-    global_round: Annotated[int, Field(ge=1)]
-    details: dict[str, Any]
-    success: bool
+    @model_validator(mode="after")
+    def _text_or_event(self) -> _Log202610:
+        if (self.log is None) == (self.event_type is None):
+            raise ValueError("needs either a log or an event_type")
+        if self.event_type is not None and (not self.event_type.strip() or self.event_type == "QUEUE_POSITION"):
+            raise ValueError("is an event_type that nobody may send")
+        if self.event_type is not None and self.event_type not in ROUND_LESS_EVENTS and self.global_round is None:
+            raise ValueError("is an event without its round")
+        return self
 
 
 _PAYLOADS: dict[tuple[Contract, str], TypeAdapter[Any]] = {
     ("2026-05", "metrics"): TypeAdapter(_Metric202605),
     ("2026-05", "logs"): TypeAdapter(_Log202605),
     ("2026-10", "metrics"): TypeAdapter(_Metric202610),
-    ("2026-10", "logs"): TypeAdapter(_Log202610 | _Event202610),
+    ("2026-10", "logs"): TypeAdapter(_Log202610),
 }
 _MAX_DETAILS_BYTES = 8192
 
@@ -499,13 +507,13 @@ class EmbeddedHub:
         except ValidationError as error:
             where = sorted({".".join(map(str, item["loc"])) or "body" for item in error.errors(include_input=False)})
             return _Answer(422, "bad payload: " + ", ".join(where), kind, model_id)
-        if isinstance(payload, _Event202610) and _details_bytes(payload) > _MAX_DETAILS_BYTES:
+        if isinstance(payload, _Log202610) and _details_bytes(payload) > _MAX_DETAILS_BYTES:
             return _Answer(422, "bad payload: details", kind, model_id)
         return _Answer(200, "", kind, model_id, payload=payload.model_dump(exclude_unset=True))
 
 
-def _details_bytes(event: _Event202610) -> int:
-    return len(TypeAdapter(dict[str, Any]).dump_json(event.details))
+def _details_bytes(row: _Log202610) -> int:
+    return len(json.dumps(row.details, default=str))
 
 
 # -- on its own --------------------------------------------------------------------------------------------------------
