@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flip_observability import _contract
 from flip_observability.component_paths import CLASS_OF, too_wide
 from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT
 from flip_observability.ledger import (
@@ -196,7 +197,15 @@ def check_settings(patient: Patient) -> Finding:
             "LOCAL_DEV is true: no hub is told, results stay on this machine",
             "for a real server set LOCAL_DEV=false, the hub and the bucket",
         )
-    return Finding(Level.OK, f"net {patient.settings.net_id}, contract {patient.settings.hub_contract}")
+    return _contract_finding(patient.settings)
+
+
+def _contract_finding(settings: Settings) -> Finding:
+    text = f"net {settings.net_id}. {_contract.in_words(settings.hub_contract)}"
+    version = _contract.installed_flip()
+    if version is None or _contract.contract_of(version) == settings.hub_contract:
+        return Finding(Level.OK, text)
+    return Finding(Level.WARN, text, "unset FLIP_HUB_CONTRACT, unless the hub is of another age than flip-utils")
 
 
 def check_nvflare(_: Patient) -> Finding:

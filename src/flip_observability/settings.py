@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from flip_observability._contract import contract_of, installed_flip
+
 LEDGER_FOLDER = "flip_observability"
 """The ledger's folder below an NVFLARE workspace root, when ``FLIP_OBSERVABILITY_DIR`` is not set."""
 
@@ -69,8 +71,12 @@ class Settings(BaseSettings):
         description="Where results go: `s3://bucket[/prefix]` or `file:///dir`.",
     )
     net_id: str = Field("default", alias="NET_ID", description="Which FL network this server is.")
-    hub_contract: Literal["2026-05", "2026-10"] = Field(
-        "2026-05", alias="FLIP_HUB_CONTRACT", description="The hub's wire vocabulary: `2026-05` or `2026-10`."
+    hub_contract: Literal["auto", "2026-05", "2026-10"] = Field(
+        "auto",
+        alias="FLIP_HUB_CONTRACT",
+        validate_default=True,
+        description="The hub's wire vocabulary: `2026-05` or `2026-10`; `auto` is that of the installed flip-utils, "
+        "`2026-05` without one.",
     )
     directory: Path | None = Field(
         None,
@@ -112,6 +118,11 @@ class Settings(BaseSettings):
     def results_max_bytes(self) -> int:
         """The limit of a run's results, as the archive counts it."""
         return int(self.results_max_gib * 1024**3)
+
+    @field_validator("hub_contract", mode="before")
+    @classmethod
+    def _hub_contract(cls, value: object) -> object:
+        return contract_of(installed_flip()) if value in ("", "auto") else value
 
     @field_validator("hub_url")
     @classmethod

@@ -12,6 +12,7 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.widgets.validation_json_generator import ValidationJsonGenerator as FlareJsonGenerator
 
+from flip_observability import _contract
 from flip_observability.client import FLIP, attach
 from flip_observability.constants import FlareEvents, FlipEvents, ModelStatus, OwnEvents
 from flip_observability.ending import SALVAGE
@@ -132,7 +133,8 @@ class ServerEventHandler(UsesFlip, FLComponent):
                 settings = Settings.load()
             except SettingsError as error:
                 # What cannot be sent from here stays in the ledger, for a process with better settings.
-                problem, settings, transport = str(error), Settings.model_construct(end_run_seconds=0.0), _NoHub()
+                problem, settings, transport = str(error), _settings_in_need(), _NoHub()
+            self.log_info(fl_ctx, _contract.in_words(settings.hub_contract), fire_event=False)
             job_id = context.job_id_of(fl_ctx)
             run_id = new_run_id(job_id)
             model_id = resolve_model_id(fl_ctx, self.model_id)
@@ -342,6 +344,12 @@ class _ForeignClient:
             except BaseException as error:  # noqa: BLE001 - somebody else's code on our thread
                 report("foreign_client", error, "the job's own client object did not take a status")
             done.set()
+
+
+def _settings_in_need() -> Settings:
+    """What is needed to keep a run's history where the environment cannot be used."""
+    contract = _contract.in_need(os.environ.get("FLIP_HUB_CONTRACT"))
+    return Settings.model_construct(end_run_seconds=0.0, hub_contract=contract)
 
 
 def _ledger_directory(settings: Settings, fl_ctx: FLContext) -> Path:
