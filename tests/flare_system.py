@@ -29,6 +29,9 @@ _MODULES = {
 class FlareSystem:
     """One server and its clients, on a free port, below ``home``; every process ends with :meth:`stop`."""
 
+    python = sys.executable
+    """Of the processes: the one of the tests, unless another one has what the jobs need."""
+
     def __init__(self, home: Path, clients: int = 1) -> None:
         self.kits = server_kit.poc_kits(home, clients)
         self.server_kit = self.kits / "server"
@@ -45,7 +48,7 @@ class FlareSystem:
         kind = "server" if name == "server" else "client"
         module, config = _MODULES[kind]
         options = ["secure_train=true", "org=nvidia", "config_folder=config"] + ([f"uid={name}"] * (kind == "client"))
-        command = [sys.executable, "-u", "-m", module, "-m", str(self.kits / name), "-s", config, "--set", *options]
+        command = [self.python, "-u", "-m", module, "-m", str(self.kits / name), "-s", config, "--set", *options]
         with (self.logs / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -66,9 +67,14 @@ def _of_archives(stock: Outcome, adopted: Outcome) -> list[Difference]:
     return found
 
 
+LOGS = re.compile(r"(log|error_log|audit|stats_pool|pool_stats)[^/]*(/.*)?")
+"""Members that tell what happened when: there must be the same ones, and each run has its own in them."""
+
+
 def _content(name: str, data: bytes, outcome: Outcome) -> Any:
-    """What is to be the same. JSON whatever its layout; the model id, which each run has of its own, by a name."""
-    if name.endswith(".json"):
-        # The job's content is told apart by when and from where it was submitted, which is of no interest.
-        return json.loads(data.decode().replace(outcome.model_id, "MODEL").replace(str(outcome.folder), "FOLDER"))
-    return data
+    """What is to be the same: JSON whatever its layout, everything else byte by byte."""
+    if LOGS.fullmatch(name):
+        return None
+    if name == "meta.json":  # holds the model's id, and on a server when and by whom the job was submitted
+        return sorted(json.loads(data))
+    return json.loads(data.decode().replace(outcome.model_id, "MODEL")) if name.endswith(".json") else data

@@ -58,7 +58,7 @@ class Flip:
         """
         done = subprocess.run(
             [str(part) for part in (self.python, *command)],
-            env={**_base_environment(), "PYTHONPATH": str(self.package), **(environment or {})},
+            env={**base_environment(), "PYTHONPATH": str(self.package), **(environment or {})},
             capture_output=True,
             text=True,
             timeout=120,
@@ -72,7 +72,8 @@ class Flip:
         return self.run("-m", "flip_observability.cli", *arguments, environment=environment)
 
 
-def _base_environment() -> dict[str, str]:
+def base_environment() -> dict[str, str]:
+    """What the processes of a run get of the environment of the tests."""
     return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
@@ -206,7 +207,7 @@ class Site:
             self.process = subprocess.Popen(
                 [str(part) for part in command],
                 cwd=self.folder,
-                env={**_base_environment(), "PYTHONPATH": str(self.flip.package), **self.environment},
+                env={**base_environment(), "PYTHONPATH": str(self.flip.package), **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -294,7 +295,7 @@ def observed(place: Site) -> Iterator[None]:
         process = subprocess.Popen(
             command,
             cwd=place.folder,
-            env={**_base_environment(), "PYTHONPATH": str(place.flip.package), **place.environment},
+            env={**base_environment(), "PYTHONPATH": str(place.flip.package), **place.environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
