@@ -3,7 +3,7 @@
 # this package depends on, as pyproject.toml names them (the extra "flip"). This package itself is not in it: the tests
 # install the one they judge. Says what it did; where it cannot, it says why in one sentence and fails.
 #
-# The cache is ${XDG_CACHE_HOME:-~/.cache}/flip-observability/flip-<hash of the requirements>: about 4.5 GB, because PyPI's
+# The cache is ${XDG_CACHE_HOME:-~/.cache}/flip-observability/flip-<hash of the requirements>: about 4.3 GB, because PyPI's
 # PyTorch for Linux links to CUDA's libraries even where it computes on the CPU. Remove the folder to make it again.
 #
 #   scripts/flip-env.sh           make it, unless it is there
@@ -25,7 +25,7 @@ usable() { # an interpreter that runs, is new enough for flip-utils and not too 
 find_python() { # pyenv's shims answer only for a chosen version, so its folders are looked at, too
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3.12 python3.13 python3 \
-    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23]*/bin/python3 /usr/local/bin/python3.1[23]; do
+    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23]*/bin/python3; do
     usable "$candidate" && printf '%s' "$candidate" && return
   done
   return 1
@@ -46,7 +46,7 @@ CACHE="$HOME_OF_CACHES/flip-$KEY"
 READY="$CACHE/.ready"
 
 if [ "${1:-}" = --python ]; then
-  [ -f "$READY" ] || fail "not there yet: make it with scripts/flip-env.sh (about 4.5 GB)"
+  [ -f "$READY" ] || fail "not there yet: make it with scripts/flip-env.sh (about 4.3 GB)"
   printf '%s\n' "$CACHE/bin/python"
   exit 0
 fi
