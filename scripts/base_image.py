@@ -1,13 +1,15 @@
 """The image that our containers are made from: Debian with Python, git and make, and the certificates of this machine.
 
 ``python3 -m scripts.base_image`` prints its name. When it is missing it is made: from Debian's own image where one can
-be pulled, else with debootstrap (which needs root). The name has a digest of what went in: a change of the packages
-or of the machine's certificates makes another image. ``--rebuild`` makes it again, with the packages of today.
+be pulled, else with debootstrap (which needs root). The name has the month and a digest of what went in: a new month, a
+change of the packages or of the machine's certificates makes another image, and those of other months are removed.
+``--rebuild`` makes it again at once, with the packages of today.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import os
 import shutil
@@ -39,10 +41,10 @@ RUN dpkg-query --show $PACKAGES >/dev/null 2>&1 || { \\
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
-def image_name(suite: str, trusted: Sequence[str]) -> str:
-    """The image's name: another one for other contents."""
+def image_name(suite: str, trusted: Sequence[str], today: datetime.date) -> str:
+    """The image's name: another one for other contents, and for another month."""
     content = "\0".join((suite, *PACKAGES, CONTAINERFILE, *trusted))
-    return f"{NAME}:{suite}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    return f"{NAME}:{suite}-{today:%Y.%m}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def base_image(engine: Engine, suite: str, *, rebuild: bool = False) -> tuple[Engine, str]:
@@ -52,12 +54,25 @@ def base_image(engine: Engine, suite: str, *, rebuild: bool = False) -> tuple[En
         ContainerError: it cannot be made.
     """
     trusted = certificates(os.environ)
-    name = image_name(suite, trusted)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    name = image_name(suite, trusted, today)
     if rebuild or engine.start("image", "inspect", name).returncode:
         _say(f"making the image {name} (once)")
         base = _pulled(engine, suite) or _bootstrapped(engine, suite)
+        outdated = _outdated(engine, name, f"{suite}-{today:%Y.%m}-")
         _build(working(engine, base), base, name, trusted)
+        for image in outdated:
+            # One that a container still uses stays; the next month removes it.
+            engine.start("image", "rm", image)
     return working(engine, name), name
+
+
+def _outdated(engine: Engine, name: str, month: str) -> list[str]:
+    """Our images that a new one takes the place of: of its name, by id, and of the same suite and other months."""
+    suite = month.partition("-")[0]
+    listed = engine.start("image", "ls", "--format", "{{.Tag}}", NAME).stdout.split()
+    found = [f"{NAME}:{tag}" for tag in listed if tag.startswith(f"{suite}-") and not tag.startswith(month)]
+    return found + engine.start("image", "inspect", "--format", "{{.Id}}", name).stdout.split()
 
 
 def _say(line: str) -> None:
@@ -120,7 +135,13 @@ def _build(engine: Engine, base: str, name: str, trusted: Sequence[str]) -> None
         given = [f"--build-arg={variable}" for variable in PROXIES if variable in os.environ]
         given += [f"--build-arg=BASE={base}", f"--build-arg=PACKAGES={' '.join(PACKAGES)}"]
         engine.must(
-            "build", "--no-cache", "--network=host", *given, f"--tag={name}", f"--file={folder}/Containerfile", folder
+            "build",
+            "--no-cache",
+            *engine.network,
+            *given,
+            f"--tag={name}",
+            f"--file={folder}/Containerfile",
+            folder,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import configparser
 import fnmatch
+import itertools
 import os
 import re
 import resource
@@ -38,6 +39,10 @@ BUNDLES = (
     "/etc/ssl/cert.pem",  # Alpine, macOS
 )
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PIP_PROXY")
+
+HOST_NETWORK = ("--network=host",)
+
 NPROC = 4096
 
 
@@ -47,10 +52,11 @@ class ContainerError(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """A program that runs containers, and the environment that it needs on this machine."""
+    """A program that runs containers, the environment that it needs on this machine, and the containers' network."""
 
     program: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    network: tuple[str, ...] = ()
 
     def start(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run the program; output is kept unless `options` (of `subprocess.run`) say where it goes."""
@@ -102,14 +108,25 @@ def working(engine: Engine, image: str) -> Engine:
     Raises:
         ContainerError: containers do not run under any settings.
     """
-    candidates = [engine]
+    environments: list[dict[str, str]] = [{}]
     if engine.program == "podman" and shutil.which("runc"):
-        candidates.append(Engine(engine.program, {"CONTAINERS_CONF": str(_write_configuration())}))
-    for candidate in candidates:
-        done = candidate.start("run", "--rm", "--network", "host", image, "true")
+        environments.append({"CONTAINERS_CONF": str(_write_configuration())})
+    for network, environment in itertools.product(networks(os.environ), environments):
+        candidate = Engine(engine.program, environment, network)
+        done = candidate.start("run", "--rm", *network, image, "true")
         if done.returncode == 0:
             return candidate
     raise ContainerError(f"{engine.program} answers but runs no container: {last_words(done)}")
+
+
+def networks(environment: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """The engine's options for a container's network, best first: one of its own, where nobody else's ports are.
+
+    The machine's own network is for where a user may have no other, and for a proxy on the machine's loopback address.
+    """
+    proxies = " ".join(value for name, value in environment.items() if name.upper() in PROXIES)
+    loopback = re.search(r"\b(localhost|127\.\d+\.\d+\.\d+)\b|\[::1\]", proxies)
+    return [HOST_NETWORK] if loopback else [(), HOST_NETWORK]
 
 
 def cache() -> Path:

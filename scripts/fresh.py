@@ -45,7 +45,7 @@ for place; do
   case "$place" in
     /*) install -D --mode 644 "{PIP_FILES}/${{place##*/}}.etc" "$place" ;;
     *) runuser -u {USER} -- mkdir -p "{HOME}/${{place%/*}}"
-       install --owner {USER} --mode 600 "{PIP_FILES}/$place" "{HOME}/$place" ;;
+       install --owner {USER} --group {USER} --mode 600 "{PIP_FILES}/$place" "{HOME}/$place" ;;
   esac
 done
 """
@@ -97,8 +97,7 @@ def container(engine: Engine, image: str, bundle: Path, settings: PassedOn) -> I
     """
     name = f"flip-obs-fresh-{uuid.uuid4().hex[:12]}"
     options = ["--detach", f"--name={name}", "--user=0", "--security-opt=label=disable", mount(bundle, BUNDLE)]
-    # The machine's own network: a proxy that listens on its loopback address can then be reached.
-    options += ["--network=host", *settings.options()]
+    options += [*engine.network, *settings.options()]
     options += [mount(file, f"{PIP_FILES}/{_staged(place)}") for file, place in settings.pip_files]
     if engine.rootless:
         options.append("--userns=keep-id")

@@ -5,6 +5,7 @@ The containers themselves need an engine and an image, so they are no part of th
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import subprocess
@@ -120,16 +121,36 @@ def test_nothing_is_mounted_over_the_images_certificates(home: Path) -> None:
     assert not any(path.startswith(store) for path in found.paths)
 
 
+@pytest.mark.parametrize(
+    ("proxy", "expected"),
+    [
+        ("http://127.0.0.1:3128", [containers.HOST_NETWORK]),
+        ("http://user:hush@localhost:3128", [containers.HOST_NETWORK]),
+        ("http://[::1]:3128", [containers.HOST_NETWORK]),
+        ("http://proxy.example.org:3128", [(), containers.HOST_NETWORK]),
+        ("", [(), containers.HOST_NETWORK]),
+    ],
+)
+def test_a_proxy_on_this_machine_is_reached_over_its_own_network(proxy: str, expected: list[tuple[str, ...]]) -> None:
+    assert containers.networks({"https_proxy": proxy, "NO_PROXY": "localhost"}) == expected
+
+
 def test_every_certificate_of_the_machines_bundle_is_found(tmp_path: Path) -> None:
     one, two = (Authority(tmp_path, name).certificate.read_text(encoding="utf-8") for name in ("one", "two"))
     (tmp_path / "bundle.pem").write_text(f"# One\n{one}\n# Two\n{two}", encoding="utf-8")
     assert containers.certificates({"SSL_CERT_FILE": f"{tmp_path}/bundle.pem"}) == [one, two]
 
 
-def test_another_content_is_another_image() -> None:
-    names = {base_image.image_name(suite, trusted) for suite in base_image.SUITES for trusted in ([], ["one"])}
-    assert len(names) == 4
-    assert all(re.fullmatch(r"localhost/[a-z/-]+:[a-z]+-[0-9a-f]{12}", name) for name in names)
+def test_another_content_or_month_is_another_image() -> None:
+    days = datetime.date(2026, 1, 31), datetime.date(2026, 2, 1), datetime.date(2026, 2, 28)
+    names = {
+        base_image.image_name(suite, trusted, day)
+        for suite in base_image.SUITES
+        for trusted in ([], ["one"])
+        for day in days
+    }
+    assert len(names) == 8
+    assert all(re.fullmatch(r"localhost/[a-z/-]+:[a-z]+-2026\.0[12]-[0-9a-f]{12}", name) for name in names)
 
 
 def test_it_plays_the_commands_of_the_readme() -> None:
