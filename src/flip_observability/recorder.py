@@ -38,6 +38,7 @@ from flip_observability.tracing import RunTags, Tracing, shared
 HEARTBEAT_SECONDS = 10.0
 SPOOL_SECONDS = 60.0
 SPANS_SECONDS = 1.0
+PENDING_SECONDS = 0.02
 CHECKPOINT_SECONDS = 1.0
 CHECKPOINT_EVENTS = 250
 """Events after which the writer thread moves the ledger's write-ahead log into its file."""
@@ -223,7 +224,23 @@ class RunRecorder:
         delivered = self._deliver_final(seconds, deadline)
         self.trace.finish(self._claim_root, deadline)
         self._record_errors()
+        if delivered:
+            self._wait_for_the_rest(deadline)
         return delivered
+
+    def _wait_for_the_rest(self, deadline: float) -> None:
+        """Let metrics and events follow the final status: without an observer nobody else would send them soon."""
+        while time.monotonic() < deadline and self._has_pending():
+            time.sleep(PENDING_SECONDS)
+
+    def _has_pending(self) -> bool:
+        with self._lock:
+            ledger = self._fallback.ledger if self._fallback is not None else self._ledger
+            try:
+                return bool(ledger and ledger.outbox(run_id=self.identity.run_id, states=["pending"], limit=1))
+            except LedgerError as error:
+                report("ledger", error, "cannot see what still waits for the hub; it is not waited for")
+                return False
 
     def _deliver_final(self, seconds: float, deadline: float) -> bool:
         with self._wake:
