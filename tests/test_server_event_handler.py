@@ -444,13 +444,16 @@ def test_a_client_object_that_raises_is_logged_by_type_only(caplog: pytest.LogCa
 def test_lines_that_users_grep_for(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     handler, engine = make(Client())
-    run(handler, engine, *TRAINING, AppEventType.TRAINING_FINISHED, FlipEvents.RESULTS_UPLOAD_COMPLETED)
+    run(handler, engine, *TRAINING, FlipEvents.TASK_INITIATED, AppEventType.TRAINING_FINISHED)
+    run(handler, engine, FlipEvents.RESULTS_UPLOAD_COMPLETED)
     run(handler, engine, EventType.FATAL_SYSTEM_ERROR, FlipEvents.ABORTED, *END)
-    for line in (
-        *("Start run event received", "Training initiated", "Initial model loaded", "Training started"),
-        *("Training finished", "Results upload completed", "Fatal system error", "Aborted", "End run"),
+    lines = {record.getMessage().rpartition(": ")[2]: record.levelname for record in caplog.records}
+    for name in (
+        *("Start run", "Training initiated", "Initial model loaded", "Training started", "Training finished"),
+        *("Task initiated", "Results upload completed", "Aborted", "End run"),
     ):
-        assert line in caplog.text
+        assert lines[f"{name} event received"] == "INFO"
+    assert lines["Fatal system error event received"] == "ERROR"
 
 
 def test_client_metrics_are_relayed_with_round_and_trust(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -626,16 +626,18 @@ _ROUND_OR_WORKFLOW = (ROUND, WORKFLOW, RUN)
 TABLE: dict[str, Transition] = {
     FlareEvents.START_RUN.value: Transition(log="Start run event received", then=_on_start),
     FlipEvents.TRAINING_INITIATED.value: Transition(
-        status=ModelStatus.INITIATED, instant="flip.training_initiated", log="Training initiated"
+        status=ModelStatus.INITIATED, instant="flip.training_initiated", log="Training initiated event received"
     ),
-    FlipEvents.TASK_INITIATED.value: Transition(status=ModelStatus.TRAINING_STARTED, instant="flip.task_initiated"),
+    FlipEvents.TASK_INITIATED.value: Transition(
+        status=ModelStatus.TRAINING_STARTED, instant="flip.task_initiated", log="Task initiated event received"
+    ),
     FlareEvents.INITIAL_MODEL_LOADED.value: Transition(
-        status=ModelStatus.PREPARED, instant="flip.initial_model_loaded", log="Initial model loaded"
+        status=ModelStatus.PREPARED, instant="flip.initial_model_loaded", log="Initial model loaded event received"
     ),
     FlareEvents.TRAINING_STARTED.value: Transition(
-        status=ModelStatus.TRAINING_STARTED, opens=TRAINING, log="Training started"
+        status=ModelStatus.TRAINING_STARTED, opens=TRAINING, log="Training started event received"
     ),
-    FlareEvents.TRAINING_FINISHED.value: Transition(closes=(TRAINING,), log="Training finished"),
+    FlareEvents.TRAINING_FINISHED.value: Transition(closes=(TRAINING,), log="Training finished event received"),
     FlareEvents.START_WORKFLOW.value: Transition(),
     FlareEvents.END_WORKFLOW.value: Transition(closes=(WORKFLOW,)),
     FlareEvents.ROUND_STARTED.value: Transition(closes=(ROUND,), opens=ROUND, then=_on_round),
@@ -653,12 +655,14 @@ TABLE: dict[str, Transition] = {
     FlipEvents.SEND_RESULT.value: Transition(mark=_ROUND_OR_WORKFLOW),
     FlareEvents.CLIENT_DISCONNECTED.value: Transition(mark=(RUN,)),
     FlareEvents.CLIENT_RECONNECTED.value: Transition(mark=(RUN,)),
-    FlareEvents.FATAL_SYSTEM_ERROR.value: Transition(log="Fatal system error", then=_on_fatal),
-    FlipEvents.ABORTED.value: Transition(log="Aborted", then=_on_abort),
+    FlareEvents.FATAL_SYSTEM_ERROR.value: Transition(log="Fatal system error event received", then=_on_fatal),
+    FlipEvents.ABORTED.value: Transition(log="Aborted event received", then=_on_abort),
     FlipEvents.RESULTS_UPLOAD_STARTED.value: Transition(opens=RESULTS_UPLOAD),
-    FlipEvents.RESULTS_UPLOAD_COMPLETED.value: Transition(log="Results upload completed", then=_on_upload_completed),
+    FlipEvents.RESULTS_UPLOAD_COMPLETED.value: Transition(
+        log="Results upload completed event received", then=_on_upload_completed
+    ),
     FlareEvents.ABOUT_TO_END_RUN.value: Transition(then=_on_about_to_end),
-    FlareEvents.END_RUN.value: Transition(log="End run", then=_on_end),
+    FlareEvents.END_RUN.value: Transition(log="End run event received", then=_on_end),
     OwnEvents.UPLOAD_FAILED.value: Transition(then=_on_upload_failed),
     OwnEvents.ORPHANED.value: Transition(then=_on_orphaned),
     # A status that code of the job gave to the client itself; and a final one that the sentinel or an operator chose.

@@ -169,7 +169,8 @@ class ServerEventHandler(UsesFlip, FLComponent):
         recorder = self._recorder or self._recorder_for(fl_ctx)
         row = TABLE[event_type]
         if row.log is not None:
-            self.log_info(fl_ctx, row.log, fire_event=False)
+            say = self.log_error if event_type == FlareEvents.FATAL_SYSTEM_ERROR else self.log_info
+            say(fl_ctx, row.log, fire_event=False)
         if event_type == FlareEvents.END_RUN and not recorder.state.is_premature_end():
             self._end_run(recorder, fl_ctx)
             return
