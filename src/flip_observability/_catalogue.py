@@ -39,7 +39,19 @@ EVENTS = tuple(dict.fromkeys(name.lstrip("_") for name in (*TABLE, *(own.value f
 """As in the timeline of ``flip-obs show`` and in traces: NVFLARE's names without the leading underscore."""
 COMPONENTS = (
     *("client", "context", "dispatcher", "doctor", "exporter", "handler", "hub", "install", "json_generator"),
-    *("ledger", "metrics", "model_id", "observer", "persist", "recorder", "results", "salvage", "sentinel", "spool"),
+    *(
+        "ledger",
+        "links",
+        "metrics",
+        "model_id",
+        "observer",
+        "persist",
+        "recorder",
+        "results",
+        "salvage",
+        "sentinel",
+        "spool",
+    ),
     *("tracing", "foreign_client", "server_observer"),
 )
 PROBLEMS = ("orphaned", "fatal_error", "aborted", "upload_failed", "hub_rejected")

@@ -290,7 +290,7 @@ class FLIP:
                     Path(results_folder),
                     self._destination(sink),
                     canonical,
-                    max_bytes=self.settings.results_max_bytes,
+                    max_bytes=self._without_hub().results_max_bytes,
                     stalled_after=getattr(sink, "stalled_after", None),
                     on_progress=getattr(sink, "upload_progress", None),
                     on_multipart=getattr(sink, "multipart", None),

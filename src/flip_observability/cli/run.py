@@ -122,7 +122,8 @@ def _show(ledger: Ledger, row: Mapping[str, Any], wanted: ModelStatus) -> None:
 def _lives(row: Mapping[str, Any]) -> bool:
     if row["boot_id"] is None:
         return False
-    alive = ProcessIdentity(row["boot_id"], row["pid_ns"], row["pid"], row["start_ticks"]).is_alive_as_job()
+    # An operator is told of any process that lives and may say --running; only what decides by itself asks for more.
+    alive = ProcessIdentity(row["boot_id"], row["pid_ns"], row["pid"], row["start_ticks"]).is_alive()
     return time.time() - (row["heartbeat"] or 0.0) < HEARTBEAT_SECONDS if alive is None else alive
 
 
