@@ -72,8 +72,6 @@ class Collector:
 
     Args:
         trace_store: ``host:port`` of an OTLP gRPC service without TLS.
-        prometheus: base URL of a Prometheus with its remote-write receiver; none if empty.
-        targets: exporters to scrape, ``host:port``.
         configs: further configuration files, merged after the project's.
         environment: further variables.
     """
@@ -82,21 +80,15 @@ class Collector:
         self,
         *,
         trace_store: str = "127.0.0.1:9",
-        prometheus: str = "",
-        targets: Sequence[str] = (),
         configs: Sequence[Path] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._binary = require()
         self.folder = Path(tempfile.mkdtemp(prefix="flip-collector-"))
         self._configs = list(configs)
-        self._has_prometheus = bool(prometheus)
         self._environment = _clean_environment() | {
             "FLIP_TRACE_STORE": trace_store,
             "FLIP_TRACE_STORE_INSECURE": "true",
-            "FLIP_PROMETHEUS_URL": prometheus or "http://127.0.0.1:9",
-            "FLIP_METRICS_TARGETS": json.dumps(list(targets)),
-            "FLIP_SCRAPE_INTERVAL": "1s",
             **(environment or {}),
         }
         self.grpc_port = self.http_port = self.health_port = self.metrics_port = 0
@@ -130,13 +122,7 @@ class Collector:
                 }
             },
             "processors": {"batch": {"timeout": "50ms"}},
-            "exporters": {
-                "otlp_grpc": {"retry_on_failure": {"max_interval": "1s"}},
-                # Without a Prometheus there is nothing to wait for at the end.
-                "prometheus_remote_write": {
-                    "retry_on_failure": {"max_interval": "1s", "enabled": self._has_prometheus}
-                },
-            },
+            "exporters": {"otlp_grpc": {"retry_on_failure": {"max_interval": "1s"}}},
             "extensions": {"health_check": {"endpoint": f"127.0.0.1:{self.health_port}"}},
         }
         overlay = self.folder / "test.json"
@@ -187,11 +173,16 @@ class Collector:
     ) -> None:
         self.close()
 
+    @property
+    def metrics_address(self) -> str:
+        """``host:port`` of its own /metrics, as Prometheus wants a target."""
+        return f"127.0.0.1:{self.metrics_port}"
+
     def own_metrics(self) -> dict[str, float]:
         """Its own telemetry, summed over labels."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as page:
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as page:
             families = list(text_string_to_metric_families(page.read().decode()))
         sums: dict[str, float] = {}
         for sample in (sample for family in families for sample in family.samples):

@@ -177,6 +177,7 @@ class Prometheus(_Process):
         alertmanagers: ``host:port`` of them.
         scrape_interval: also the interval at which rules are evaluated, unless ``evaluation_interval`` is given.
         job: the name of the scrape job.
+        limits: further settings of the scrape job.
         external_labels: what it adds to alerts that it sends.
         scheme: ``http`` or ``https``.
         tls: Prometheus' ``tls_config`` for ``https``.
@@ -196,6 +197,7 @@ class Prometheus(_Process):
         external_labels: Mapping[str, str] | None = None,
         scheme: str = "http",
         tls: Mapping[str, object] | None = None,
+        limits: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         labels = targets if isinstance(targets, Mapping) else {target: {} for target in targets}
@@ -206,6 +208,7 @@ class Prometheus(_Process):
         }
         if tls is not None:
             scrape["tls_config"] = dict(tls)
+        scrape |= limits or {}
         config = {
             "global": {
                 "scrape_interval": scrape_interval,

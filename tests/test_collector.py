@@ -9,11 +9,9 @@ import os
 import re
 import shutil
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +31,9 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, Status, StatusCode
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from certificates import Authority
 from demo_runs import DemoRuns
-from flip_observability.ledger import Ledger
-from flip_observability.observer import Observer
-from flip_observability.settings import Settings
-from history import Run
 from otel_collector import (
     BUILD,
     CONFIG,
@@ -59,8 +52,6 @@ from prometheus_tools import Prometheus
 from waiting import wait_for
 
 CANARY = "canary-7f3a"
-MOVING = frozenset({"flip_observer_loop_last_success_timestamp_seconds"})
-"""Series whose values differ from one look at the page to the next."""
 
 
 def config() -> dict[str, Any]:
@@ -112,20 +103,25 @@ def test_pipelines_use_all_that_is_configured_in_the_right_order() -> None:
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
     tree = config()
     own = tree["service"]["telemetry"]["metrics"]["readers"][0]["pull"]["exporter"]["prometheus"]
-    assert own["host"] == "127.0.0.1"
     listening = [
         value for path, value in pairs({k: tree[k] for k in ("receivers", "extensions")}) if "endpoint" in path
     ]
-    assert len(listening) == 3
+    listening.append(own["host"])
+    assert len(listening) == 4
     for address in listening:
         assert address.startswith("${env:FLIP_COLLECTOR_HOST:-127.0.0.1}"), address
 
 
 def test_what_waits_is_bounded() -> None:
-    exporters = config()["exporters"]
-    for name, queue in (("otlp_grpc", "sending_queue"), ("prometheus_remote_write", "remote_write_queue")):
-        assert 0 < exporters[name][queue]["queue_size"] <= 1000
-        assert exporters[name]["retry_on_failure"]["max_elapsed_time"] not in (0, "0", "0s")
+    for exporter in config()["exporters"].values():
+        assert 0 < exporter["sending_queue"]["queue_size"] <= 1000
+        assert exporter["retry_on_failure"]["max_elapsed_time"] not in (0, "0", "0s")
+
+
+def test_it_knows_no_cloud_and_no_metrics() -> None:
+    """What finds Prometheus' targets brings the SDK of every cloud: Prometheus scrapes the exporters itself."""
+    assert set(config()["service"]["pipelines"]) == {"traces"}
+    assert "prometheus" not in MANIFEST.read_text().lower()
 
 
 def test_the_variables_are_those_that_the_file_explains() -> None:
@@ -144,7 +140,6 @@ def test_the_collector_accepts_the_configuration(files: tuple[Path, ...], tmp_pa
         FLIP_OTLP_CERT=str(pair.certificate),
         FLIP_OTLP_KEY=str(pair.key),
         FLIP_OTLP_CLIENT_CA=str(authority.certificate),
-        FLIP_METRICS_TARGETS='["fl-1:9464", "fl-2:9464"]',
     )
     assert told.returncode == 0, told.stderr
     assert "deprecated" not in (told.stdout + told.stderr).lower()
@@ -471,155 +466,7 @@ def test_with_tls_only_senders_with_a_certificate_are_heard(tmp_path: Path, monk
         assert len(wait_for_spans(store, len(sent))) == len(sent) == 10
 
 
-# -- metrics -----------------------------------------------------------------------------------------------------------
-
-
-class Writable(Prometheus):
-    """A Prometheus that is written to, as in the stack."""
-
-    def arguments(self) -> list[str]:
-        return [*super().arguments(), "--web.enable-remote-write-receiver"]
-
-
-@pytest.fixture(scope="module")
-def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("collected")
-    with Ledger(folder) as ledger:
-        for status in ("RESULTS_UPLOADED", "ERROR"):
-            run = Run(ledger, begin=time.time() - 120)
-            run.train({"site-1": 2.0, "site-2": 3.0})
-            run.finish(status)
-            run.deliver()
-        run = Run(ledger, begin=time.time() - 30)
-        run.train({"site-1": 2.0})
-        run.deliver()
-    return folder
-
-
-@contextmanager
-def observing(ledger: Path, port: int = 0) -> Iterator[Observer]:
-    settings = Settings.model_validate({"LOCAL_DEV": True, "NET_ID": 'net-"1"'})
-    observer = Observer(settings, ledger, port=port, insist=True)
-    observer.start()
-    try:
-        yield observer
-    finally:
-        observer.stop()
-
-
-def page(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample of an OpenMetrics page by name and labels."""
-    request = urllib.request.Request(f"{url}/metrics", headers={"Accept": "application/openmetrics-text"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        families = list(text_string_to_metric_families(response.read().decode()))  # type: ignore[no-untyped-call]
-    return {
-        (
-            sample.name,
-            tuple(sorted((name, _canonical(name, text)) for name, text in sample.labels.items())),
-        ): sample.value
-        for family in families
-        for sample in family.samples
-    }
-
-
-def _canonical(name: str, text: str) -> str:
-    # Prometheus 3 writes the bound of a bucket as `1.0`, Prometheus 2 as the page does.
-    return str(float(text)) if name == "le" else text
-
-
-def stored(prometheus: Prometheus, instance: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    found = {}
-    for series in prometheus.query(f'{{job="flip-observability",instance="{instance}",__name__=~"flip_.+"}}'):
-        labels = dict(series["metric"])
-        name = labels.pop("__name__")
-        assert labels.pop("job") == "flip-observability"
-        assert labels.pop("instance") == instance
-        key = (name, tuple(sorted((label, _canonical(label, text)) for label, text in labels.items())))
-        found[key] = float(series["value"][1])
-    return found
-
-
-def test_series_reach_prometheus_as_they_are_on_the_page(ledger: Path) -> None:
-    with ExitStack() as stack:
-        prometheus = stack.enter_context(Writable())
-        seen = stack.enter_context(observing(ledger))
-        assert seen.exporter is not None
-        instance = seen.exporter.url.removeprefix("http://")
-        wait_for(lambda: seen.active, 20, "the observer has the ledger")
-        on_page = wait_for(lambda: _page_when_ready(seen.exporter.url), 20, "a page")  # type: ignore[union-attr]
-        stack.enter_context(Collector(prometheus=prometheus.url, targets=[instance]))
-        up = f'up{{job="flip-observability",instance="{instance}"}}'
-        wait_for(lambda: prometheus.value(up) == 1, 30, "the exporter is up")
-        came = wait_for(lambda: _when_all(prometheus, instance, set(on_page)), 30, "all series")
-        assert {key: value for key, value in came.items() if key[0] not in MOVING} == {
-            key: value for key, value in on_page.items() if key[0] not in MOVING
-        }
-        now = time.time()
-        exemplars = prometheus.exemplars('{__name__=~"flip_.+"}', now - 3600, now + 60)
-        assert {e["labels"]["trace_id"] for series in exemplars for e in series["exemplars"]}
-        assert prometheus.query('target_info or {otel_scope_name!=""}') == []
-
-        # An exporter that goes is seen at once, not after Prometheus' five minutes; and back again.
-        port = int(instance.rpartition(":")[2])
-        seen.stop()
-        wait_for(lambda: prometheus.value(up) == 0, 30, "the exporter is down")
-        # The collector sends no marker of the end for the sums of histograms: these are seen for five minutes more.
-        assert not [key for key in stored(prometheus, instance) if not key[0].endswith("_sum")]
-        stack.enter_context(observing(ledger, port))
-        wait_for(lambda: prometheus.value(up) == 1, 30, "the exporter is up again")
-        back = wait_for(lambda: _when_all(prometheus, instance, set(on_page)), 30, "all series again")
-        counters = [key for key in on_page if key[0].endswith("_total") and "errors" not in key[0]]
-        assert {key: back[key] for key in counters} == {key: on_page[key] for key in counters}
-
-
-def _page_when_ready(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float] | None:
-    try:
-        return page(url)
-    except urllib.error.HTTPError:  # 503 until the fold has caught up
-        return None
-
-
-def _when_all(
-    prometheus: Prometheus, instance: str, keys: set[tuple[str, tuple[tuple[str, str], ...]]]
-) -> dict[tuple[str, tuple[tuple[str, str], ...]], float] | None:
-    came = stored(prometheus, instance)
-    return came if keys <= set(came) else None
-
-
-def test_a_prometheus_that_is_away_for_a_while_gets_what_it_missed(ledger: Path) -> None:
-    with ExitStack() as stack:
-        prometheus = stack.enter_context(Writable())
-        seen = stack.enter_context(observing(ledger))
-        assert seen.exporter is not None
-        instance = seen.exporter.url.removeprefix("http://")
-        stack.enter_context(Collector(prometheus=prometheus.url, targets=[instance]))
-        up = f'up{{instance="{instance}"}}'
-        wait_for(lambda: prometheus.value(up) == 1, 30, "the exporter is up")
-        prometheus.stop()
-        down = time.time()
-        time.sleep(4)
-        prometheus.start()
-        wait_for(lambda: prometheus.value(f"timestamp({up})") or 0, 30, "the series goes on")
-
-        def missed() -> list[float]:
-            found = prometheus.query_range(f"timestamp({up})", down + 1, down + 3, 1)
-            return [float(value) for series in found for _, value in series["values"] if float(value) > down]
-
-        assert wait_for(missed, 30, "samples of the time when it was away")
-
-
-def test_a_page_beyond_the_limits_is_not_taken() -> None:
-    from prometheus_tools import static_page
-
-    def huge() -> str:
-        return "".join(f'flip_x{{n="{number}"}} 1\n' for number in range(60_000))
-
-    with ExitStack() as stack:
-        prometheus = stack.enter_context(Writable())
-        instance = stack.enter_context(static_page(huge))
-        stack.enter_context(Collector(prometheus=prometheus.url, targets=[instance]))
-        wait_for(lambda: prometheus.value(f'up{{instance="{instance}"}}') == 0, 30, "the target counts as down")
-        assert prometheus.query("flip_x") == []
+# -- its own telemetry -------------------------------------------------------------------------------------------------
 
 
 def test_the_health_dashboard_shows_the_collector() -> None:
@@ -629,9 +476,9 @@ def test_the_health_dashboard_shows_the_collector() -> None:
     queries = [t["expr"] for panel in panels for t in panel.get("targets", []) if "otelcol_" in t.get("expr", "")]
     assert len(queries) >= 6
     with (
-        Writable() as prometheus,
         TraceStore() as store,
-        Collector(trace_store=store.address, prometheus=prometheus.url) as collector,
+        Collector(trace_store=store.address) as collector,
+        Prometheus([collector.metrics_address], job="otel-collector") as prometheus,
     ):
         play(grpc_exporter(collector), rounds=1)
         wait_for_spans(store, 3)

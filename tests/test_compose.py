@@ -33,8 +33,8 @@ OURS = "flip-observability/"
 
 
 def compose() -> dict[str, Any]:
-    """The compose file, with the images' variables at their defaults."""
-    text = re.sub(r"\$\{\w+_IMAGE:-([^}]+)\}", r"\1", COMPOSE.read_text())
+    """The compose file, with images and the folder of targets at their defaults."""
+    text = re.sub(r"\$\{(?:\w+_IMAGE|STACK_TARGETS):-([^}]+)\}", r"\1", COMPOSE.read_text())
     loaded: dict[str, Any] = yaml.safe_load(text)
     return loaded
 
@@ -136,7 +136,8 @@ def test_compose_reads_it_with_the_variables_that_make_stack_writes(loader: Path
     assert set(services) == set(SERVICES)
     environment = services["exporter"]["environment"]
     assert environment["INTERNAL_SERVICE_KEY"] == secrets["STACK_HUB_KEY"]
-    assert services["collector"]["environment"]["FLIP_METRICS_TARGETS"] == '["exporter:9464"]'
+    (targets,) = (v for v in services["prometheus"]["volumes"] if v["target"] == "/etc/prometheus/targets")
+    assert targets["source"].endswith("/stack/targets")
     Settings.model_validate(environment)
 
 
@@ -222,7 +223,7 @@ def test_what_a_container_is_told_to_read_is_mounted_there() -> None:
 
 def test_whoever_is_spoken_to_is_a_service_that_listens_there() -> None:
     listens = {
-        "collector": {4317, 4318},
+        "collector": {4317, 4318, 8888},
         "prometheus": {9090},
         "alertmanager": {9093},
         "tempo": {3200, 4317},
@@ -235,11 +236,18 @@ def test_whoever_is_spoken_to_is_a_service_that_listens_there() -> None:
     assert tempo["distributor"]["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"] == "0.0.0.0:4317"
     texts = [
         *(str(value) for service in SERVICES.values() for value in service.get("environment", {}).values()),
-        (ROOT / "stack/targets/alertmanagers.yml").read_text(),
+        *(file.read_text() for file in (ROOT / "stack/targets").iterdir()),
         (ROOT / "dashboards/provisioning/datasources/flip.yaml").read_text(),
     ]
     named = {(host, int(port)) for text in texts for host, port in re.findall(r"\b([a-z][a-z0-9-]+):(\d{4})\b", text)}
-    assert {("tempo", 4317), ("hub", 8000), ("s3", 7070), ("exporter", 9464), ("alertmanager", 9093)} <= named
+    assert {
+        ("tempo", 4317),
+        ("hub", 8000),
+        ("s3", 7070),
+        ("exporter", 9464),
+        ("alertmanager", 9093),
+        ("collector", 8888),
+    } <= named
     for host, port in named:
         assert port in listens[host], f"{host}:{port}"
     for name, service in SERVICES.items():

@@ -217,13 +217,6 @@ def test_old_run_folders_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run-2", "run-3"]
 
 
-class Writable(Prometheus):
-    """A Prometheus that is written to, as in the stack."""
-
-    def arguments(self) -> list[str]:
-        return [*super().arguments(), "--web.enable-remote-write-receiver"]
-
-
 @pytest.mark.nvflare_job
 def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
     """Hub, bucket, FL server, observer, collector and Prometheus, in processes of their own, as the stack has them."""
@@ -232,7 +225,6 @@ def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
     with ExitStack() as stack:
         bucket = stack.enter_context(EmbeddedBucket())
         sink = stack.enter_context(OtlpSink())
-        prometheus = stack.enter_context(Writable())
         told = {
             "LOCAL_DEV": "false",
             "NET_ID": "net-7",
@@ -248,9 +240,8 @@ def test_the_stack_without_its_containers(tmp_path: Path, hub: Service) -> None:
             Service(tmp_path, "observer", "flip_observability.cli", "serve", "--port", "0", **told)
         )
         instance = observer.says(r"Serving http://(\S+)/metrics")
-        collector = stack.enter_context(
-            Collector(trace_store=f"127.0.0.1:{sink.port}", prometheus=prometheus.url, targets=[instance])
-        )
+        prometheus = stack.enter_context(Prometheus([instance]))
+        collector = stack.enter_context(Collector(trace_store=f"127.0.0.1:{sink.port}"))
         told["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{collector.grpc_port}"
         command = ("--folder", str(folder), "--pace", "0", "--every", "0.1", "--keep", "1")
         server = stack.enter_context(Service(tmp_path, "server", SERVER, *command, **told))
