@@ -9,7 +9,7 @@ ARGS ?=
 # 1: the versions of requirements/dev.txt, by their hashes. 0: the newest that pyproject.toml allows.
 LOCKED ?= 1
 
-.PHONY: fresh bench bench-quick bench-plots collector collector-if-possible stack stack-down dashboards drills picture help setup demo test test-flip lint fmt clean prometheus-tools
+.PHONY: audit bench bench-plots bench-quick clean collector coverage dashboards demo digests dist drills fmt fresh fuzz help lint lock lock-check picture prometheus-tools setup stack stack-down test test-all test-flip
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,6 +18,7 @@ help: ## this list
 $(STAMP): pyproject.toml requirements/dev.txt
 	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "flip-observability needs Python 3.10 to 3.13 (with venv); found: '$(PYTHON)'. Set PYTHON=/path/to/python3.x"; exit 1; }
+	@mkdir -p "$(VENV)" && date +%s > "$(VENV)/.began"
 	"$(PYTHON)" -m venv "$(VENV)"
 ifeq ($(LOCKED),1)
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
@@ -26,14 +27,21 @@ else
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 endif
-	@touch "$@"
+	@echo $$(( $$(date +%s) - $$(cat "$(VENV)/.began") )) > "$(VENV)/.seconds" && touch "$@"
 
 setup: $(STAMP) ## virtual environment with everything installed
 
 demo: $(STAMP) ## a real federated run with an embedded hub and bucket (ARGS="--scenario fatal")
 	"$(BIN)/flip-obs" demo $(ARGS)
 
-test: lint prometheus-tools collector-if-possible ## lint, types, all tests with branch coverage
+test: $(STAMP) ## lint, types, all tests that need no program and no patience; says what it leaves out (ARGS="-k ledger")
+	@FLIP_SETUP_SECONDS="$$(cat "$(VENV)/.seconds" 2>/dev/null)" WORKERS="$(WORKERS)" "$(BIN)/python" -m scripts.test $(ARGS); \
+	  code=$$?; rm -f "$(VENV)/.seconds"; exit $$code
+
+test-all: $(STAMP) ## what make test leaves out: Prometheus, collector, all scenarios, kits, drills (ARGS="drills kits")
+	@"$(BIN)/python" -m scripts.test_all --workers "$(WORKERS)" $(ARGS)
+
+coverage: $(STAMP) ## all tests of both, with branch coverage
 	"$(BIN)/python" -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
 
 fresh: ## README's two commands in a new container that has only Python, git and make (needs podman or docker)
@@ -48,9 +56,6 @@ prometheus-tools: ## Prometheus and Alertmanager for the tests, unpacked into ~/
 
 collector: ## the OpenTelemetry Collector of otel-collector.yaml, built into ~/.cache (needs Go)
 	@collector/build.sh
-
-collector-if-possible:
-	@collector/build.sh --if-possible
 
 stack: ## Prometheus, Alertmanager, Tempo, Grafana, a demo server: docs/stack.md (needs Docker)
 	@stack/make-env.sh
@@ -94,7 +99,6 @@ clean: ## remove the virtual environment and what tools left
 # -- what goes in and what comes out: docs/supply-chain.md --------------------------------------------------------------
 
 TOOLS := $(VENV)/tools
-.PHONY: lock lock-check audit digests dist
 
 $(TOOLS)/.installed: requirements/release.txt
 	"$(PYTHON)" -m venv "$(TOOLS)"

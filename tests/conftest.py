@@ -1,4 +1,4 @@
-"""Fixtures and settings that all test files share."""
+"""Fixtures and settings that all test files share, and which tests are left to ``make test-all``."""
 
 import os
 
@@ -10,6 +10,7 @@ from flip_observability import errors
 from flip_observability.settings import Settings
 
 __all__ = ["demo_runs"]
+pytest_plugins = ["strict_skips"]
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("flip", deadline=None)
@@ -22,6 +23,14 @@ def pytest_configure() -> None:
     for name in list(os.environ):
         if name in ours or name.startswith(("OTEL_", "AWS_")):
             del os.environ[name]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest itself chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A real NVFLARE job takes long, so that ``make test`` has those alone that are marked ``smoke``."""
+    for item in items:
+        if item.get_closest_marker("nvflare_job") and not item.get_closest_marker("smoke"):
+            item.add_marker(pytest.mark.system)
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,8 @@ CANARY = "canary-of-service-key-and-bucket"
 PROTOCOLS = ("grpc", "http/protobuf")
 SCENARIO_SECONDS = 300.0
 ATTEMPTS = 3
+SHARED = "FLIP_TEST_RUNS"
+"""Environment variable with a folder in which several sessions of pytest share the runs, as `make test-all` has it."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,13 @@ def copy_ledger(source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> DemoRuns:
-    """Every scenario of the demo. The first test that asks for them plays them, whatever worker it is in."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # the workers have folders of their own in one of the session
+    """Every scenario of the demo. The first test that asks plays them, whatever worker or session it is in."""
+    if SHARED in os.environ:
+        base = Path(os.environ[SHARED])
+    else:
+        base = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            base = base.parent  # the workers have folders of their own in one of the session
     folder = base / "demo-runs"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():

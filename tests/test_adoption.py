@@ -43,6 +43,7 @@ def listening_on(kit: Path, port: int) -> None:
     file.write_text(json.dumps(content, indent=2))
 
 
+@pytest.mark.smoke
 @pytest.mark.nvflare_job
 @pytest.mark.timeout(300)
 def test_a_server_and_a_job_are_adopted_run_and_undone(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from flip_observability.metrics import CATALOGUE
 from prometheus_tools import Alertmanager, Prometheus, Webhook, run_tool, static_page
 from waiting import free_port, wait_for
 
+pytestmark = pytest.mark.system
+
 FOLDER = alerts.RULES.parent
 REPOSITORY = FOLDER.parent.parent
 RUNBOOKS = REPOSITORY / "docs" / "runbooks.md"

@@ -126,6 +126,7 @@ def test_a_quick_look_tells_what_all_rounds_take(rounds: int) -> None:
     assert (seconds.process, seconds.ours) == pytest.approx((3.0 + 2.0 * 49 + 2.5, 0.2 + 0.1 * 49 + 0.4))
 
 
+@pytest.mark.system
 def test_the_account_of_a_job_holds_what_components_and_their_threads_take_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "component.py").write_text(
         """

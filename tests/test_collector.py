@@ -51,6 +51,8 @@ from otlp_sink import OtlpSink, Received, check_trace
 from prometheus_tools import Prometheus
 from waiting import wait_for
 
+pytestmark = pytest.mark.system
+
 CANARY = "canary-7f3a"
 
 

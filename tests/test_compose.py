@@ -125,6 +125,7 @@ def secrets_of(file: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
+@pytest.mark.system
 def test_compose_reads_it_with_the_variables_that_make_stack_writes(loader: Path, tmp_path: Path) -> None:
     subprocess.run([str(MAKE_ENV), str(tmp_path / ".env")], capture_output=True, timeout=60, check=True)
     secrets = secrets_of(tmp_path / ".env")
@@ -141,6 +142,7 @@ def test_compose_reads_it_with_the_variables_that_make_stack_writes(loader: Path
     Settings.model_validate(environment)
 
 
+@pytest.mark.system
 def test_without_the_secrets_nothing_starts(loader: Path) -> None:
     told = _read(loader, COMPOSE)
     assert told.returncode != 0

@@ -197,6 +197,7 @@ SimEnv(clients=["site-1", "site-2"], workspace_root=root).deploy(job)
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.nvflare_job
 def test_modern_fedavg_in_sim_env(tmp_path: Path) -> None:
     script = tmp_path / "job.py"

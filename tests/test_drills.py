@@ -41,6 +41,7 @@ def passes(outcome: Outcome) -> None:
     assert outcome.differences == []
 
 
+@pytest.mark.system
 @pytest.mark.nvflare_job
 @pytest.mark.timeout(420)
 def test_quick_drills_on_a_real_site(tmp_path: Path) -> None:
@@ -50,6 +51,7 @@ def test_quick_drills_on_a_real_site(tmp_path: Path) -> None:
                 passes(play(drill, shared, SEED, full=False))
 
 
+@pytest.mark.system
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", [drill.name for drill in QUICK if drill.name not in ON_THE_SITE])
 def test_quick_drills(name: str, tmp_path: Path) -> None:
@@ -263,6 +265,7 @@ def test_a_drill_that_raises_has_failed_and_one_that_cannot_be_played_is_skipped
     assert (skipped.verdict, skipped.passed) == ("skipped: not on this machine", True)
 
 
+@pytest.mark.system
 def test_the_seed_decides_the_moments(tmp_path: Path) -> None:
     drawn: list[float] = []
 

@@ -343,6 +343,7 @@ WRITER = textwrap.dedent(
 )
 
 
+@pytest.mark.system
 def test_sixteen_processes_killed_200_times_lose_nothing_they_acknowledged(tmp_path: Path) -> None:
     directory, rng = tmp_path / "ledger", random.Random(7)
     Ledger(directory).close()

@@ -6,7 +6,6 @@ import itertools
 import logging
 import math
 import re
-import shutil
 import sqlite3
 import subprocess
 import threading
@@ -31,6 +30,7 @@ from flip_observability.lifecycle import Event
 from flip_observability.metrics import FlipCollector, MetricsFold, render
 from flip_observability.settings import Settings
 from history import Run
+from prometheus_tools import require, run_tool
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PROMETHEUS = f"{OPENMETRICS},application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
@@ -358,21 +358,20 @@ def test_a_histogram_adds_up(server: FlipCollector) -> None:
     assert next(s.labels["le"] for s in buckets if s.value) == "30.0"
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.system
 def test_promtool_has_nothing_to_say(server: FlipCollector) -> None:
-    tool = ["promtool", "check", "metrics"]
+    tool = [str(require("promtool")), "check", "metrics"]
     done = subprocess.run(tool, input=page(server, CLASSIC), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.system
 def test_every_example_is_a_query(tmp_path: Path) -> None:
     rules = ["groups:", "- name: examples", "  rules:"]
     for metric in CATALOGUE:
         rules += [f"  - record: example:{metric.name}", "    expr: |", f"      {metric.example}"]
     (tmp_path / "rules.yml").write_text("\n".join(rules) + "\n")
-    tool = ["promtool", "check", "rules", str(tmp_path / "rules.yml")]
-    done = subprocess.run(tool, capture_output=True, text=True, check=False)
+    done = run_tool("promtool", "check", "rules", tmp_path / "rules.yml")
     assert done.returncode == 0, done.stderr
     assert f"{len(CATALOGUE)} rules found" in done.stdout
 

@@ -16,6 +16,8 @@ import prometheus_tools
 from prometheus_tools import FETCH, Alertmanager, Prometheus, Webhook, require, static_page
 from waiting import wait_for
 
+pytestmark = pytest.mark.system
+
 
 def _fetch(**environment: str) -> subprocess.CompletedProcess[str]:
     command = [shutil.which("bash") or "bash", str(FETCH)]

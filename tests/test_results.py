@@ -670,6 +670,7 @@ def test_warnings_name_files_and_the_log_does_not(
     assert "1 link" in caplog.text
 
 
+@pytest.mark.system
 def test_twenty_thousand_small_files(run_dir: Path, target: Destination) -> None:
     for folder in range(20):
         (run_dir / f"f{folder}").mkdir()
@@ -709,6 +710,7 @@ class HoleySink:
         self._file.flush()
 
 
+@pytest.mark.system
 def test_a_file_over_4_gib(run_dir: Path, tmp_path: Path) -> None:
     size = 4 * 1024**3 + 5_000_000
     with (run_dir / "big.pt").open("wb") as file:

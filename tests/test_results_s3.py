@@ -355,6 +355,7 @@ def test_a_part_is_tried_ten_times(
     assert unfinished(bucket) == []
 
 
+@pytest.mark.system
 def test_other_parts_stop_when_one_failed(bucket: S3Client, proxy: FaultProxy, run_dir: Path) -> None:
     (run_dir / "weights.pt").write_bytes(bytes(100 * MIB))
     proxy.faults = [Fault("UploadPart", error(403, "AccessDenied"), part=1)]
@@ -469,6 +470,7 @@ def test_a_bucket_that_hangs_ends_in_a_time_out(
     assert [upload_id for _, upload_id in calls.multipart][-1:] in ([], [""])
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("hurried")
 def test_a_bucket_that_takes_no_more_bytes_ends_in_a_time_out(
     run_dir: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch
@@ -492,6 +494,7 @@ def test_a_bucket_that_takes_no_more_bytes_ends_in_a_time_out(
         assert Calls().failure(run_dir).reason == "timeout"
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("hurried")
 def test_an_answer_that_never_ends_ends_in_a_time_out(bucket: S3Client, proxy: FaultProxy, run_dir: Path) -> None:
     """Each byte comes well within the time-out of a read."""
@@ -688,6 +691,7 @@ def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         process.wait(10)
 
 
+@pytest.mark.system
 def test_a_gibibyte_takes_little_memory_and_no_temporary_file(sink: None, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name, size in (("weights.pt", 900), ("optimizer.pt", 124)):

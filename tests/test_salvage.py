@@ -333,6 +333,7 @@ def test_a_kit_that_cannot_be_read_is_an_empty_one(tmp_path: Path) -> None:
     assert not Kit(tmp_path / "missing").holds(5, lambda: iter([b"x" * 5]))
 
 
+@pytest.mark.system
 def test_an_archive_goes_to_a_bucket_in_parts(server: Server) -> None:
     (server.run_dir / "large.npz").write_bytes(os.urandom(17_000_000))
     with EmbeddedBucket() as bucket, pytest.MonkeyPatch.context() as patch:

@@ -18,6 +18,8 @@ from history import Run
 from prometheus_tools import Prometheus, require, run_tool, static_page
 from waiting import wait_for
 
+pytestmark = pytest.mark.system
+
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 BLOCKS: dict[str, str] = {
     match[1]: match[0]

@@ -21,6 +21,8 @@ from history import Run
 from prometheus_tools import REPOSITORY, Prometheus, static_page
 from waiting import wait_for
 
+pytestmark = pytest.mark.system
+
 MOVING = frozenset({"flip_observer_loop_last_success_timestamp_seconds"})
 """Series whose values differ from one look at the page to the next."""
 Page = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -100,6 +100,7 @@ def _says(server: Server, text: str) -> bool:
     return text in server.get("/readyz")[1]
 
 
+@pytest.mark.system
 def test_three_on_one_ledger_and_the_first_is_killed(folder: Path) -> None:
     with serving(folder) as first:
         wait_for(lambda: first.get()[0] == 200)

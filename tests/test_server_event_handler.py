@@ -414,6 +414,7 @@ def test_end_run_without_about_to_end_run_is_an_error_and_not_the_end() -> None:
     assert (client.statuses, persist.calls) == (["ERROR"], 1)
 
 
+@pytest.mark.system
 def test_a_hanging_client_object_holds_nobody_up() -> None:
     stop = threading.Event()
 

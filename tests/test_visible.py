@@ -34,6 +34,8 @@ from prometheus_tools import Prometheus
 from test_serve import Server, serving
 from waiting import free_port, wait_for
 
+pytestmark = pytest.mark.system
+
 SECONDS = 60.0
 
 
