@@ -37,6 +37,7 @@ from flip_observability.ledger import (
     file_system_of,
 )
 from flip_observability.settings import Settings, SettingsError
+from flip_observability.spool import odd_spools
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -309,14 +310,17 @@ def check_leftovers(patient: Patient) -> Finding:
         path for path in patient.directory.glob(f"{FILE_NAME}.corrupt-*") if not path.name.endswith(("-wal", "-shm"))
     ]
     unread = list(patient.directory.glob("spool-*.unreadable"))
-    if not kept and not unread:
+    counts = (
+        (len(kept), "damaged ledgers"),
+        (len(unread), "unreadable spools"),
+        (odd_spools(patient.directory), "entries called like spools that are none"),
+    )
+    parts = [f"{count} {what}" for count, what in counts if count]
+    if not parts:
         return Finding(Level.OK, "nothing was set aside")
-    parts = [
-        f"{len(found)} {what}" for found, what in ((kept, "damaged ledgers"), (unread, "unreadable spools")) if found
-    ]
     return Finding(
         Level.WARN,
-        f"set aside in {patient.directory}: {', '.join(parts)}",
+        f"set aside or left alone in {patient.directory}: {', '.join(parts)}",
         "see whether the disk is well; statuses in them may be missing at the hub; then move them away",
     )
 

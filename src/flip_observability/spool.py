@@ -10,21 +10,33 @@ import contextlib
 import hashlib
 import json
 import os
+import sqlite3
 import stat
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from flip_observability.errors import report
-from flip_observability.ledger import Entry, Ledger
+from flip_observability.ledger import Entry, Ledger, LedgerError
 from flip_observability.process import ProcessIdentity, current_process
+from flip_observability.utils import safe_text
 
 PATTERN = "spool-*.jsonl"
 RESERVED_BYTES = 65_536
 """More than the statuses and intents of a run take."""
-_ROOM = "\0"
+_ROOM = b"\0"
+MAX_SPOOL_BYTES = 1 << 30
+MAX_LINE_BYTES = 8 << 20
+"""Far above what an entry takes: the longest are texts for the hub."""
+MAX_DELIVERED = 1_000
+MAX_REMEMBERED = 1_000
+_VALUE_ERRORS = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError, sqlite3.DataError)
+
+_seen: set[tuple[str, str]] = set()
+_seen_lock = threading.Lock()
 
 
 class Spool:
@@ -133,24 +145,153 @@ def _is_private(folder: Path) -> bool:
 def take_spools(ledger: Ledger, directory: Path, now: float) -> int:
     """Bring what dead processes left in spool files into the ledger.
 
+    What cannot be read in a file is skipped, and the file then renamed, not deleted. What is no spool file of ours, or
+    cannot be opened, is left alone: it is logged and counted once, and holds up nothing behind it.
+
     Returns:
-        The number of files taken. A file that cannot be read is renamed, not deleted.
+        The number of files taken.
+
+    Raises:
+        LedgerError: the ledger cannot be used now; the file in question stays for the next time.
     """
     taken = 0
+    owners = _owners(directory)
     for path in _spools_of(directory):
         try:
-            lines = path.read_text().rstrip(_ROOM).splitlines()
-            if lines and _is_owned(lines[0]):
-                continue
-            delivered = _replay(ledger, lines)
-            ledger.mark_delivered(delivered, now)
-            path.unlink()
-            taken += 1
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            report("spool", error, f"cannot take in {path.name}; it was set aside")
-            with contextlib.suppress(OSError):
-                path.rename(path.with_suffix(".unreadable"))
+            with _open_spool(path, owners) as file:
+                done = _take(ledger, path, file, now)
+            if done is not None:
+                path.unlink() if done else path.rename(path.with_suffix(".unreadable"))
+                taken += bool(done)
+        except (OSError, _NoSpoolError) as error:  # noqa: PERF203 - one file must not hold up the others
+            _leave_alone(path, error)
     return taken
+
+
+def odd_spools(directory: Path) -> int:
+    """How many entries of the ledger's folder are called like spool files and are none of ours."""
+    owners = _owners(directory)
+    return sum(_is_odd(path, owners) for path in _spools_of(directory))
+
+
+def _is_odd(path: Path, owners: set[int]) -> bool:
+    try:
+        _open_spool(path, owners).close()
+    except FileNotFoundError:
+        return False  # it has just been taken
+    except (OSError, _NoSpoolError):
+        return True
+    return False
+
+
+class _NoSpoolError(Exception):
+    """What is called like a spool file is none of ours. Its text is one word."""
+
+
+def _owners(directory: Path) -> set[int]:
+    """Whose spool files are taken: our own and, for root beside a server, those of the folder's owner."""
+    with contextlib.suppress(OSError):
+        return {os.geteuid(), directory.stat().st_uid}
+    return {os.geteuid()}
+
+
+def _open_spool(path: Path, owners: set[int]) -> BinaryIO:
+    """Open a spool file without being held up or led elsewhere.
+
+    Raises:
+        _NoSpoolError: it is none: a named pipe, a device, a link, somebody else's, one without end.
+        OSError: it cannot be opened.
+    """
+    _refuse_odd(path.lstat(), owners)  # first: to open a device can do something
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_odd(os.fstat(descriptor), owners)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse_odd(found: os.stat_result, owners: set[int]) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise _NoSpoolError("NoRegularFile")
+    if found.st_uid not in owners:
+        raise _NoSpoolError("ForeignOwner")
+    if found.st_size > MAX_SPOOL_BYTES:
+        raise _NoSpoolError("TooLarge")
+
+
+def _leave_alone(path: Path, error: OSError | _NoSpoolError) -> None:
+    """Log and count an entry that is left where it is, once for a process: it is met again every few seconds."""
+    if isinstance(error, FileNotFoundError):
+        return  # somebody else has just taken it
+    kind = str(error) if isinstance(error, _NoSpoolError) else type(error).__name__
+    with _seen_lock:
+        if (str(path), kind) in _seen:
+            return
+        if len(_seen) >= MAX_REMEMBERED:
+            _seen.clear()
+        _seen.add((str(path), kind))
+    report("spool", kind, f"{safe_text(path.name)} cannot be taken in and is left alone")
+
+
+def _take(ledger: Ledger, path: Path, file: BinaryIO, now: float) -> bool | None:
+    """Bring one file into the ledger.
+
+    Returns:
+        Whether all of it could be read; None when its process may still live, and nothing was done.
+    """
+    whole = True
+    delivered: list[str] = []
+    for number, (line, complete) in enumerate(_lines(file)):
+        try:
+            data = _parse(line)
+            if "owner" in data:
+                if number == 0 and _is_owned(data["owner"]):
+                    return None
+            elif "delivered" in data:
+                delivered += map(str, data["delivered"])
+            else:
+                _append_entry(ledger, line)
+        except LedgerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever is in it: the other lines may hold a final status
+            if not complete:
+                break  # the process died while it wrote its last line
+            whole = False
+            report("spool", error, f"a line of {safe_text(path.name)} cannot be read; the file is set aside")
+        if len(delivered) > MAX_DELIVERED:
+            ledger.mark_delivered(delivered, now)
+            delivered.clear()
+    ledger.mark_delivered(delivered, now)
+    return whole
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """The lines of a file and whether each has its end, none longer than :data:`MAX_LINE_BYTES`; not what is reserved.
+
+    One that is longer comes in pieces, none of which can be read.
+    """
+    while line := file.readline(MAX_LINE_BYTES):
+        text = line.rstrip(_ROOM)
+        if text:
+            yield text.rstrip(b"\n"), len(line) == MAX_LINE_BYTES or text.endswith(b"\n")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    data = json.loads(line)
+    if not isinstance(data, dict):
+        raise TypeError
+    return data
+
+
+def _append_entry(ledger: Ledger, line: bytes) -> None:
+    try:
+        ledger.append(Entry.from_json(line.decode()))
+    except LedgerError as error:
+        if isinstance(error.__cause__, _VALUE_ERRORS):
+            raise ValueError from None  # the entry is to blame, not the ledger
+        raise
 
 
 def _spools_of(directory: Path) -> Iterator[Path]:
@@ -161,22 +302,5 @@ def _spools_of(directory: Path) -> Iterator[Path]:
         yield from sorted(second.glob(PATTERN))
 
 
-def _is_owned(first_line: str) -> bool:
-    owner = json.loads(first_line).get("owner")
-    return owner is not None and ProcessIdentity(**owner).is_alive() is not False
-
-
-def _replay(ledger: Ledger, lines: list[str]) -> list[str]:
-    delivered: list[str] = []
-    for number, line in enumerate(lines):
-        try:
-            data = json.loads(line)
-        except ValueError:
-            if number == len(lines) - 1:
-                break  # the process died while it wrote its last line
-            raise
-        if "delivered" in data:
-            delivered += data["delivered"]
-        elif "owner" not in data:
-            ledger.append(Entry.from_json(line))
-    return delivered
+def _is_owned(owner: Mapping[str, Any]) -> bool:
+    return ProcessIdentity(**owner).is_alive() is not False
