@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -135,7 +136,13 @@ def test_a_line_without_end_is_not_read_into_memory(
     monkeypatch.setattr(spool, "MAX_LINE_BYTES", 4_096)
     sizes: list[int] = []
     lines = spool._lines
-    monkeypatch.setattr(spool, "_lines", lambda file: (sizes.append(len(item[0])) or item for item in lines(file)))
+
+    def measured(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+        for line, complete in lines(file):
+            sizes.append(len(line))
+            yield line, complete
+
+    monkeypatch.setattr(spool, "_lines", measured)
     left_behind(directory, "x" * 100_000, final("r1").to_json())
     take_spools(ledger, directory, 2.0)
     assert max(sizes) <= 4_096
