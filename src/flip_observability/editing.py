@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import functools
 import hashlib
 import os
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,14 +78,6 @@ class Plan:
         apply(self.edits)
 
 
-@dataclass(frozen=True)
-class Original:
-    """A kept original: its bytes, and whether the file still holds what was written in its place."""
-
-    content: bytes
-    untouched: bool
-
-
 def read(path: Path) -> bytes | None:
     """The bytes of a file, None when there is none.
 
@@ -131,14 +122,14 @@ def originals(path: Path) -> tuple[Path, ...]:
     return tuple(sorted(file for file in found if stat.S_ISREG(file.lstat().st_mode)))
 
 
-def original(path: Path, content: bytes) -> Original | None:
-    """The kept original of a file that holds ``content``; one that belongs to an earlier text is not untouched."""
+def original(path: Path, content: bytes) -> tuple[bytes | None, str]:
+    """The kept original of a file that holds ``content``; None, and why, when there is none or it was edited since."""
     kept = originals(path)
     for file in kept:
         before = read(file)
         if before is not None and (file == backup_name(path, content) or before == content):
-            return Original(before, True)
-    return Original(b"", False) if kept else None
+            return before, ""
+    return None, "it was edited since" if kept else "there is no original beside it"
 
 
 def apply(edits: Sequence[Edit]) -> None:
@@ -149,16 +140,10 @@ def apply(edits: Sequence[Edit]) -> None:
     Raises:
         EditError: none was done, with the reason.
     """
-    back: list[Callable[[], None]] = []
-    with contextlib.ExitStack() as temporary:
-        try:
-            for change in [_prepared(edit, temporary, back) for edit in edits]:
-                change()
-        except BaseException:
-            for step in reversed(back):
-                with contextlib.suppress(OSError):  # the first failure is the one to tell of
-                    step()
-            raise
+    with contextlib.ExitStack() as temporary, contextlib.ExitStack() as way_back:
+        for edit, (new, old, kept) in [(edit, _staged(edit, temporary)) for edit in edits]:
+            _change(edit, new, old, kept, way_back)
+        way_back.pop_all()  # all is done: nothing is to be put back
     for edit in edits:
         with contextlib.suppress(OSError):  # the change is made; a file too many is no failure
             for file in originals(edit.path):
@@ -166,26 +151,30 @@ def apply(edits: Sequence[Edit]) -> None:
                     file.unlink()
 
 
-def _prepared(edit: Edit, temporary: contextlib.ExitStack, back: list[Callable[[], None]]) -> Callable[[], None]:
-    """Write beside a file what its change, and the way back, need; the change itself is for later."""
+def _staged(edit: Edit, temporary: contextlib.ExitStack) -> tuple[Path | None, ...]:
+    """Write beside a file what it is to become, what it was, and the original to keep."""
     with _telling(edit.path, "cannot be changed"):
         _clear(edit.path.parent)
-        new, old, kept = (_written(edit, content, temporary) for content in (edit.after, edit.before, edit.keep))
+        return tuple(_written(edit, content, temporary) for content in (edit.after, edit.before, edit.keep))
 
-    def change() -> None:
-        now = read(edit.path)
-        if now == edit.after != edit.before:
-            return
-        if now != edit.before:
-            raise EditError(f"{edit.path} was changed by somebody else meanwhile; try again")
-        with _telling(edit.path, "cannot be changed"):
-            back.append(functools.partial(_put, edit.path, old))
-            if kept is not None:
-                back.append(functools.partial(_put, edit.kept_in, None))
-                _put(edit.kept_in, kept)
-            _put(edit.path, new)
 
-    return change
+def _change(edit: Edit, new: Path | None, old: Path | None, kept: Path | None, way_back: contextlib.ExitStack) -> None:
+    now = read(edit.path)
+    if now == edit.after != edit.before:
+        return
+    if now != edit.before:
+        raise EditError(f"{edit.path} was changed by somebody else meanwhile; try again")
+    with _telling(edit.path, "cannot be changed"):
+        way_back.callback(_put_back, edit.path, old)
+        if kept is not None:
+            way_back.callback(_put_back, edit.kept_in, None)
+            _put(edit.kept_in, kept)
+        _put(edit.path, new)
+
+
+def _put_back(path: Path, old: Path | None) -> None:
+    with contextlib.suppress(OSError):  # the first failure is the one to tell of
+        _put(path, old)
 
 
 def _put(path: Path, new: Path | None) -> None:
@@ -230,10 +219,6 @@ def _clear(folder: Path) -> None:
 _REASONS = {
     errno.EACCES: "you may not write there; run this as its owner",
     errno.EPERM: "you may not write there, or not keep its owner; run this as its owner",
-    errno.EROFS: "the file system is read-only",
-    errno.ENOSPC: "no space is left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "it would be larger than is allowed",
     errno.ELOOP: "it is a link, and is not followed",
     errno.ENXIO: "it is no regular file",
 }

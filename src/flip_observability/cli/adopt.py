@@ -40,7 +40,7 @@ def install(
         wanted = kits.plan_undo(kit) if undo else kits.plan(kit)
         if not (check or dry_run):
             wanted.apply()
-    except (kits.InstallError, kits.EditError) as error:
+    except kits.EditError as error:
         raise CommandError(str(error)) from None
     for warning in wanted.warnings:
         warn(warning)
@@ -88,7 +88,7 @@ def adopt(
                 typer.confirm("Change it?" if count == 1 else f"Change these {count} files?", abort=True)
             wanted.apply()
             typer.echo("Changed back." if undo else "Adopted. --undo puts back what was there.")
-    except (jobs.AdoptError, jobs.EditError) as error:
+    except jobs.EditError as error:
         raise CommandError(str(error)) from None
 
 

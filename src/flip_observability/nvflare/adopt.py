@@ -7,11 +7,11 @@ components; otherwise nothing is changed.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from flip_observability import editing
 from flip_observability.component_paths import CLASS_OF, GENERATOR, HANDLER, OURS, PERSIST, TO_FLIPS, TO_OURS
 from flip_observability.editing import Edit, EditError, Plan
 from flip_observability.nvflare import components, config_text
-from flip_observability.nvflare.config_text import PATH_KEYS, ConfigTextError
+from flip_observability.nvflare.config_text import PATH_KEYS, Config, ConfigTextError
 
 SERVER_CONFIG = "config_fed_server.json"
 STAYS_FLIPS = frozenset(
@@ -38,19 +38,6 @@ _IMPORT = re.compile(rb"^\s*from\s+flip\.(?:nvflare\.)?components[\w.]*\s+import
 _MAX_SOURCES = 2_000
 
 
-class AdoptError(Exception):
-    """The job is not changed. The text is one line for the user, with the reason."""
-
-
-@dataclass(frozen=True)
-class _Config:
-    path: Path
-    form: ConfigFormat
-    content: bytes
-    text: str
-    data: dict[str, Any]
-
-
 def plan(job: Path, *, add: bool = False, persistor_id: str = "") -> Plan:
     """Find out what adopting a job would change.
 
@@ -60,15 +47,12 @@ def plan(job: Path, *, add: bool = False, persistor_id: str = "") -> Plan:
         persistor_id: with ``add``, the id of the component that persists the model; by default ``persistor``.
 
     Raises:
-        AdoptError: there is something that is not understood, or nothing to adopt.
-        EditError: a file cannot be read, or lies outside of the job.
+        EditError: there is something that cannot be read or is not understood, or nothing to adopt.
     """
     result = Plan()
     for config in _configs(job):
-        try:
+        with _refusing(config.path, "is not changed"):
             after, notes = _adopted(config, add=add, persistor_id=persistor_id or "persistor")
-        except ConfigTextError as error:
-            raise AdoptError(f"{config.path} is not changed: {error}") from None
         if after != config.content:
             result.edits.append(Edit(config.path, config.content, after, keep=config.content))
         result.lines += [f"{config.path.name}: {note}" for note in [*notes, *_notes_on_code(config.path, job)]]
@@ -80,59 +64,56 @@ def plan_undo(job: Path) -> Plan:
     since, otherwise the class paths alone.
 
     Raises:
-        AdoptError: there is something that is not understood.
-        EditError: a file cannot be read, or lies outside of the job.
+        EditError: there is something that cannot be read or is not understood.
     """
     result = Plan()
     for config in _configs(job):
-        kept = editing.original(config.path, config.content)
-        if kept is not None and kept.untouched:
-            after = kept.content
-        else:
-            after = _class_paths_back(config)
+        after, why = editing.original(config.path, config.content)
+        if after is None:
+            with _refusing(config.path, "is not changed back"):
+                text = config_text.replace_paths(config.text, TO_FLIPS)
+                after = _verified(config, text, _renamed(config.data, TO_FLIPS))
             if after != config.content:
-                why = "it was edited since it was adopted" if kept else "there is no original beside it"
                 result.lines.append(f"{config.path.name}: {why}: class paths are changed back, everything else stays")
-        if after != config.content or kept:
+        if after != config.content or editing.originals(config.path):
             result.edits.append(Edit(config.path, config.content, after))
     return result
+
+
+@contextlib.contextmanager
+def _refusing(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigTextError as error:
+        raise EditError(f"{path} {what}: {error}") from None
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
 
 
-def _configs(job: Path) -> list[_Config]:
+def _configs(job: Path) -> list[Config]:
     if not job.is_dir():
-        raise AdoptError(f"{job} is {'no folder: unpack the job first' if job.exists() else 'not there'}")
-    folders = [folder for folder in (job / "config", *sorted(job.glob("*/config"))) if folder.is_dir()]
-    found: dict[Path, _Config] = {}
-    for folder in folders:
+        raise EditError(f"{job} is {'no folder: unpack the job first' if job.exists() else 'not there'}")
+    found: dict[Path, Config] = {}
+    for folder in filter(Path.is_dir, (job / "config", *sorted(job.glob("*/config")))):
         inside = editing.real_path(folder, job)  # before it is searched: a link could lead to a whole disk
         form, name = ConfigFactory.search_config_format(SERVER_CONFIG, [str(inside)])
         if form is not None and name is not None:
             path = editing.real_path(Path(name), job)
-            found[path] = found.get(path) or _load(path, form)
+            found[path] = found.get(path) or config_text.load(path, form)
     if not found:
-        raise AdoptError(
+        raise EditError(
             f"{job} is no NVFLARE job: there is no <app>/config/config_fed_server.json, .conf or .yml in it"
         )
     return list(found.values())
 
 
-def _load(path: Path, form: ConfigFormat) -> _Config:
-    content = editing.read(path) or b""
-    try:
-        text = config_text.decode(content)
-        return _Config(path, form, content, text, config_text.parse(text, form))
-    except ConfigTextError as error:
-        raise AdoptError(f"{path} is not understood: {error}") from None
-
-
 # -- changing --------------------------------------------------------------------------------------------------------
 
 
-def _adopted(config: _Config, *, add: bool, persistor_id: str) -> tuple[bytes, list[str]]:
+def _adopted(config: Config, *, add: bool, persistor_id: str) -> tuple[bytes, list[str]]:
     notes: list[str] = []
+    config.listed("components")  # refuses what is none
     text, data = config_text.replace_paths(config.text, TO_OURS), _renamed(config.data, TO_OURS)
     _refuse_unknown(data)
     if not any(path in CLASS_OF for _, path in _components(data)):
@@ -142,37 +123,28 @@ def _adopted(config: _Config, *, add: bool, persistor_id: str) -> tuple[bytes, l
                 "this package into it"
             )
         text, data, notes = _with_ours(config, persistor_id)
-    if (text, data) != (config.text, config.data):
-        _verify(text, config.form, data)
-    text, data, more = _handler_last(text, config.form, data)
-    return text.encode(), [*notes, *more, *_notes_on(data)]
+    text, data, more = _handler_last(text, data)
+    return _verified(config, text, data), [*notes, *more, *_notes_on(data)]
 
 
-def _class_paths_back(config: _Config) -> bytes:
-    after, wanted = config_text.replace_paths(config.text, TO_FLIPS), _renamed(config.data, TO_FLIPS)
-    if (after, wanted) == (config.text, config.data):
+def _verified(config: Config, text: str, wanted: dict[str, Any]) -> bytes:
+    """The text as bytes, once it is known to mean what is wanted, and nothing else."""
+    if (text, wanted) == (config.text, config.data):
         return config.content
     try:
-        _verify(after, config.form, wanted)
-    except ConfigTextError as error:
-        raise AdoptError(f"{config.path} is not changed back: {error}") from None
-    return after.encode()
-
-
-def _verify(text: str, form: ConfigFormat, wanted: dict[str, Any]) -> None:
-    try:
-        right = config_text.same(config_text.parse(text, form), wanted)
+        right = config_text.same(config_text.parse(text, config.form), wanted)
     except ConfigTextError:
         right = False
     if not right:
         raise ConfigTextError(
             "its class paths cannot be changed without touching something else (are they composed or referred to?)"
         )
+    return text.encode()
 
 
-def _handler_last(text: str, form: ConfigFormat, data: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
+def _handler_last(text: str, data: dict[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
     """Put the handler behind all other components, so that it hears of an event after they have handled it."""
-    listed = _listed(data)
+    listed = data.get("components", [])
     places = [index for index, item in enumerate(listed) if _class_of(item) == HANDLER]
     if len(places) != sum(CLASS_OF.get(path) == HANDLER for _, path in _components(data)):
         raise ConfigTextError(f"it has a {HANDLER} that is not in its list of components")
@@ -180,22 +152,21 @@ def _handler_last(text: str, form: ConfigFormat, data: dict[str, Any]) -> tuple[
         raise ConfigTextError(f"it has {len(places)} components {HANDLER}, and one run has one")
     if not places:
         return text, data, [f"there is no {HANDLER}: nobody reports this app's statuses"]
-    if places[0] == len(listed) - 1:
+    (place,) = places
+    if place == len(listed) - 1:
         return text, data, []
     try:
-        text = config_text.move_last(text, "components", places[0])
+        text = config_text.move_last(text, "components", place)
     except ConfigTextError:  # HOCON and YAML that are not written as JSON; no tool of FLIP's writes them at all
         return text, data, [f"{HANDLER} is not the last component: move it there by hand, to have it hear things last"]
-    data = {**data, "components": [*listed[: places[0]], *listed[places[0] + 1 :], listed[places[0]]]}
-    _verify(text, form, data)
-    return text, data, []
+    return text, {**data, "components": [*listed[:place], *listed[place + 1 :], listed[place]]}, []
 
 
-def _with_ours(config: _Config, persistor_id: str) -> tuple[str, dict[str, Any], list[str]]:
+def _with_ours(config: Config, persistor_id: str) -> tuple[str, dict[str, Any], list[str]]:
     """Add our components to an app that has none of FLIP's."""
     if config.form is not ConfigFormat.JSON:
         raise ConfigTextError("components are added to JSON only: write them into this file by hand")
-    listed = _listed(config.data)
+    listed = config.listed("components")
     ids: dict[str, Any] = {str(item["id"]): item for item in listed if isinstance(item, dict) and "id" in item}
     if persistor_id not in ids:
         raise ConfigTextError(
@@ -214,7 +185,7 @@ def _with_ours(config: _Config, persistor_id: str) -> tuple[str, dict[str, Any],
         raise ConfigTextError(f"it has components with the ids that ours need: {', '.join(taken)}")
     data = {**config.data, "components": [*listed, *new]}
     added = ", ".join(item["id"] for item in new)
-    return config_text.spelled_like(config.content, data).decode(), data, [f"added: {added}"]
+    return config_text.spelled_like(config.text, data), data, [f"added: {added}"]
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -237,13 +208,6 @@ def _components(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
         yield from ((value, value[key]) for key in PATH_KEYS if isinstance(value.get(key), str))
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _components(child)
-
-
-def _listed(data: dict[str, Any]) -> list[Any]:
-    listed = data.get("components", [])
-    if not isinstance(listed, list):
-        raise ConfigTextError("its components are no list")
-    return listed
 
 
 def _class_of(component: Any) -> str | None:
@@ -276,7 +240,7 @@ def _notes_on(data: dict[str, Any]) -> Iterator[str]:
     left = sorted({path for _, path in _components(data) if _OF_FLIPS.match(path)})
     if left:
         yield f"stay FLIP's, and need FLIP's package as before: {', '.join(left)}"
-    listed = [item for item in _listed(data) if isinstance(item, dict)]
+    listed = [item for item in data.get("components", []) if isinstance(item, dict)]
     handler: dict[str, Any] = next((item for item in listed if _class_of(item) == HANDLER), {})
     for argument in ("validation_json_generator_id", "persist_and_cleanup_id"):
         default = inspect.signature(components.ServerEventHandler).parameters[argument].default
@@ -311,4 +275,4 @@ def _imported(file: Path) -> set[str]:
     return {name.decode() for found in _IMPORT.findall(source) for name in re.findall(rb"\w+", found)}
 
 
-__all__ = ["AdoptError", "EditError", "Plan", "plan", "plan_undo"]
+__all__ = ["EditError", "Plan", "plan", "plan_undo"]

@@ -11,9 +11,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nvflare.fuel.utils.config import ConfigFormat
+
+from flip_observability import editing
+from flip_observability.editing import EditError
 
 PATH_KEYS = ("path", "class_path")
 DEADLINE_SECONDS = 20.0
@@ -34,26 +38,43 @@ class ConfigTextError(Exception):
     """The text is not understood. The message says why and quotes nothing of the file."""
 
 
-class Span(NamedTuple):
-    """A member of an object or a list in a text of JSON: its key, and where its value begins and ends."""
+class Config(NamedTuple):
+    """A configuration file as it was read: its bytes, its text, and what that means."""
 
-    key: str | None
-    start: int
-    end: int
+    path: Path
+    form: ConfigFormat
+    content: bytes
+    text: str
+    data: dict[str, Any]
+
+    def listed(self, key: str) -> list[Any]:
+        """What the file lists under a key; an empty list where it has no such key.
+
+        Raises:
+            EditError: what it has there is no list.
+        """
+        listed = self.data.get(key, [])
+        if not isinstance(listed, list):
+            raise EditError(f"{self.path}: {key} is no list")
+        return listed
 
 
-def decode(content: bytes) -> str:
-    """The text of a configuration file.
+def load(path: Path, form: ConfigFormat = ConfigFormat.JSON) -> Config:
+    """Read a configuration file.
 
     Raises:
-        ConfigTextError: not UTF-8, or with a byte order mark (NVFLARE cannot read those).
+        EditError: it cannot be read, or is not understood.
     """
-    if content.startswith(b"\xef\xbb\xbf"):
-        raise ConfigTextError("it begins with a byte order mark, which NVFLARE does not read: save it as plain UTF-8")
+    content = editing.read(path) or b""
     try:
-        return content.decode("utf-8")
+        if content.startswith(b"\xef\xbb\xbf"):
+            raise ConfigTextError("it begins with a byte order mark, which NVFLARE does not read: save it without")
+        text = content.decode("utf-8")
+        return Config(path, form, content, text, parse(text, form))
     except UnicodeDecodeError:
-        raise ConfigTextError("it is not UTF-8") from None
+        raise EditError(f"{path} is not understood: it is not UTF-8") from None
+    except ConfigTextError as error:
+        raise EditError(f"{path} is not understood: {error}") from None
 
 
 def parse(text: str, form: ConfigFormat) -> dict[str, Any]:
@@ -62,21 +83,19 @@ def parse(text: str, form: ConfigFormat) -> dict[str, Any]:
     Raises:
         ConfigTextError: its form's parser does not take it, it is no object, or it refers to other files or variables.
     """
-    if form is ConfigFormat.JSON:
-        return parse_json(text)
     if form is ConfigFormat.PYHOCON:
         _refuse_references(text)
-    return _checked(_read_elsewhere(text, form))
+    content = _parse_json(text) if form is ConfigFormat.JSON else _read_elsewhere(text, form)
+    if not isinstance(content, dict):
+        raise ConfigTextError("it holds no object")
+    if _is_deep(content):
+        raise ConfigTextError("it is nested too deeply")
+    return content
 
 
-def parse_json(text: str) -> dict[str, Any]:
-    """What a text of JSON means.
-
-    Raises:
-        ConfigTextError: it is none, it is no object, or a key stands twice in one object.
-    """
+def _parse_json(text: str) -> Any:
     try:
-        return _checked(json.loads(text, object_pairs_hook=_no_twice))
+        return json.loads(text, object_pairs_hook=_no_twice)
     except ValueError as error:
         line = getattr(error, "lineno", None)
         raise ConfigTextError(f"it is no valid JSON{f' (line {line})' if line else ''}") from None
@@ -103,29 +122,28 @@ def move_last(text: str, key: str, index: int) -> str:
     Raises:
         ConfigTextError: the text is no JSON.
     """
-    parse_json(text)
-    outer = next(span for span in _members(text, 0) if span.key == key)
-    places = list(_members(text, outer.start))
+    _parse_json(text)
+    (begin,) = (start for name, start, _ in _members(text, 0) if name == key)
+    places = [(start, end) for _, start, end in _members(text, begin)]
     order = [*places[:index], *places[index + 1 :], places[index]]
     pieces, at = [], 0
-    for place, item in zip(places, order, strict=True):
-        pieces += [text[at : place.start], text[item.start : item.end]]
-        at = place.end
+    for (start, end), item in zip(places, order, strict=True):
+        pieces += [text[at:start], text[slice(*item)]]
+        at = end
     return "".join(pieces) + text[at:]
 
 
-def spelled_like(text: bytes, data: Any) -> bytes:
+def spelled_like(before: str, data: Any) -> str:
     """JSON with the indentation, the line ends and the end of another one."""
-    before = text.decode()
     step = re.search(r"\n([ \t]+)\S", before)
     indent = step[1] if step else 0 if "\n" in before.strip() else None
     ascii_only = before.isascii() or "\\ud" in before.lower()  # halves of characters can only be escaped
     after = json.dumps(data, indent=indent, ensure_ascii=ascii_only) + before[len(before.rstrip()) :].replace("\r", "")
-    return after.replace("\n", "\r\n" if "\r\n" in before else "\n").encode()
+    return after.replace("\n", "\r\n" if "\r\n" in before else "\n")
 
 
-def _members(text: str, at: int) -> Iterator[Span]:
-    """The members of the object or list that begins at a place in valid JSON."""
+def _members(text: str, at: int) -> Iterator[tuple[str | None, int, int]]:
+    """The members of the object or list that begins at a place in valid JSON: key, begin and end of the value."""
     decoder, at = json.JSONDecoder(), _skip(text, at)
     in_object = text[at] == "{"
     at = _skip(text, at + 1)
@@ -135,7 +153,7 @@ def _members(text: str, at: int) -> Iterator[Span]:
             key, colon = decoder.raw_decode(text, at)
             at = _skip(text, _skip(text, colon) + 1)
         _, end = decoder.raw_decode(text, at)
-        yield Span(key, at, end)
+        yield key, at, end
         at = _skip(text, end)
         if text[at] == ",":
             at = _skip(text, at + 1)
@@ -153,16 +171,12 @@ def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _checked(content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ConfigTextError("it holds no object")
+def _is_deep(content: Any) -> bool:
     level: list[Any] = [content]
     for _ in range(MAX_DEPTH):
         children = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
         level = [child for child in children if isinstance(child, dict | list)]
-    if level:
-        raise ConfigTextError("it is nested too deeply")
-    return content
+    return bool(level)
 
 
 def _refuse_references(text: str) -> None:

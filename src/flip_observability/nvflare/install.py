@@ -8,7 +8,7 @@ components, and nothing else of ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,27 @@ from flip_observability import editing
 from flip_observability.component_paths import CLASS_OF, is_of_our_package, too_wide
 from flip_observability.editing import Edit, EditError, Plan
 from flip_observability.nvflare import config_text
-from flip_observability.nvflare.config_text import ConfigTextError
+from flip_observability.nvflare.config_text import Config
 
 ALLOW_LIST = "class_allow_list"
-COMPONENT: Mapping[str, Any] = {
+COMPONENT = {
     "id": "flip_server_observer",
     "path": "flip_observability.nvflare.server_observer.ServerObserver",
     "args": {},
 }
 OBSERVER_FILE = "flip_observability__p_resources.json"
 """NVFLARE reads ``*__p_resources.json`` into the parent process alone."""
+_OBSERVER = (json.dumps({"format_version": 2, "components": [COMPONENT]}, indent=2) + "\n").encode()
 RESOURCES, DEFAULT_RESOURCES = "resources.json", "resources.json.default"
 _STARTUP = "startup/fed_server.json"
 _RESOURCE_PATTERNS = ("*__resources.json", "*__p_resources.json", RESOURCES, DEFAULT_RESOURCES)
-
-
-class InstallError(Exception):
-    """The kit is not changed. The text is one line for the user, with the reason."""
 
 
 def plan(kit: Path) -> Plan:
     """Find out what installing into a kit would change.
 
     Raises:
-        InstallError: it is no server kit, or there is something in it that is not understood.
-        EditError: a file cannot be read, or is a link out of the kit.
+        EditError: it is no server kit, or something in it cannot be read or is not understood.
     """
     local = _local_folder(kit)
     result = Plan()
@@ -60,8 +56,7 @@ def plan_undo(kit: Path) -> Plan:
     """Find out what taking this package out of a kit would change.
 
     Raises:
-        InstallError: it is no server kit, or there is something in it that is not understood.
-        EditError: a file cannot be read, or is a link out of the kit.
+        EditError: it is no server kit, or something in it cannot be read or is not understood.
     """
     local = _local_folder(kit)
     result = Plan()
@@ -75,10 +70,10 @@ def plan_undo(kit: Path) -> Plan:
 
 def _local_folder(kit: Path) -> Path:
     if not kit.is_dir():
-        raise InstallError(f"{kit} {'is no folder' if kit.exists() else 'does not exist'}")
+        raise EditError(f"{kit} {'is no folder' if kit.exists() else 'does not exist'}")
     reason = _why_no_server_kit(kit) or _why_not_to_be_changed(kit)
     if reason:
-        raise InstallError(f"{kit} {reason}")
+        raise EditError(f"{kit} {reason}")
     return kit / "local"
 
 
@@ -114,85 +109,69 @@ def _resources(kit: Path, local: Path) -> tuple[Path, Path]:
     for name in (RESOURCES, DEFAULT_RESOURCES):
         if (local / name).exists():
             return editing.real_path(local / name, kit), editing.real_path(local / RESOURCES, kit)
-    raise InstallError(f"{local} has neither {RESOURCES} nor {DEFAULT_RESOURCES}: no server starts from it")
+    raise EditError(f"{local} has neither {RESOURCES} nor {DEFAULT_RESOURCES}: no server starts from it")
 
 
-def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
-    content = editing.read(path) or b""
-    try:
-        return content, config_text.parse_json(config_text.decode(content))
-    except ConfigTextError as error:
-        raise InstallError(f"{path} is not understood: {error}") from None
-
-
-def _listed(path: Path, data: dict[str, Any]) -> list[Any] | None:
-    listed = data.get(ALLOW_LIST)
-    if listed is not None and not isinstance(listed, list):
-        raise InstallError(f"{path}: {ALLOW_LIST} is no list")
-    return listed
+def _allowed(config: Config) -> list[Any]:
+    """What NVFLARE allows: without a list its own, and a list with our entries alone would lock out everything else."""
+    return config.listed(ALLOW_LIST) if ALLOW_LIST in config.data else [*DEFAULT_CLASS_ALLOW_LIST]
 
 
 def _allow(kit: Path, local: Path, result: Plan) -> None:
     source, target = _resources(kit, local)
-    content, data = _read(source)
-    listed = _listed(source, data)
-    wide = too_wide(listed or [])
-    if listed is not None and ("*" in listed or (not wide and all(path in listed for path in CLASS_OF))):
+    config = config_text.load(source)
+    listed = config.listed(ALLOW_LIST)
+    wide = too_wide(listed)
+    if "*" in listed or (not wide and all(path in listed for path in CLASS_OF)):
         return
-    after = _with_ours(content, data)
-    made = "" if source == target else f" (made from {source.name})"
+    after = _with_list(config, [*_others(_allowed(config)), *CLASS_OF])
     if source != target:
         result.edits.append(Edit(target, None, after, like=source))
     else:
-        result.edits.append(Edit(target, content, after, keep=_true_original(target, content, listed)))
-    result.lines.append(f"{target}{made}: the {len(CLASS_OF)} paths of our components in {ALLOW_LIST}")
+        result.edits.append(Edit(target, config.content, after, keep=_true_original(config, listed)))
+    result.lines.append(f"{target}: the {len(CLASS_OF)} paths of our components in {ALLOW_LIST}")
     if wide:
         result.lines.append(f"{target}: {', '.join(map(json.dumps, wide))} let in any of our code, and is taken out")
 
 
-def _with_ours(content: bytes, data: dict[str, Any]) -> bytes:
-    # Without a list NVFLARE takes its own; a list with nothing but our entries would lock out everything else.
-    listed = data.get(ALLOW_LIST, DEFAULT_CLASS_ALLOW_LIST)
-    return config_text.spelled_like(content, {**data, ALLOW_LIST: [*_others(listed), *CLASS_OF]})
+def _with_list(config: Config, entries: list[Any]) -> bytes:
+    return config_text.spelled_like(config.text, {**config.data, ALLOW_LIST: entries}).encode()
 
 
-def _true_original(target: Path, content: bytes, listed: list[Any] | None) -> bytes | None:
+def _true_original(config: Config, listed: list[Any]) -> bytes | None:
     """What undoing brings back: never a list that an earlier version of this package has put itself into."""
-    kept = editing.original(target, content)
-    if kept is not None and kept.untouched:
-        return kept.content
-    return None if any(map(is_of_our_package, listed or [])) else content
+    kept, _ = editing.original(config.path, config.content)
+    return config.content if kept is None and not any(map(is_of_our_package, listed)) else kept
 
 
 def _disallow(kit: Path, local: Path, result: Plan) -> None:
     source, target = _resources(kit, local)
     if source != target:
         return  # there is no list of the site's own
-    content, data = _read(target)
-    listed = _listed(target, data) or []
-    kept = editing.original(target, content)
-    after: bytes | None
-    if kept is not None and kept.untouched:
-        after = kept.content
-    elif kept is None and _made_from(editing.real_path(local / DEFAULT_RESOURCES, kit), {ALLOW_LIST: [], **data}):
-        after = None
-    else:
-        after = content
-        if any(map(is_of_our_package, listed)):
-            after = config_text.spelled_like(content, {**data, ALLOW_LIST: _others(listed)})
-            why = "it was edited since" if kept else "there is no original beside it"
-            result.warnings.append(f"{target}: {why}, so our entries are taken out and everything else stays")
-    if after != content or kept:
-        result.edits.append(Edit(target, content, after))
+    config = config_text.load(target)
+    listed, kept = config.listed(ALLOW_LIST), editing.originals(target)
+    after, why = editing.original(target, config.content)
+    is_ours = any(map(is_of_our_package, listed))
+    if (
+        after is None
+        and is_ours
+        and (kept or not _made_from(editing.real_path(local / DEFAULT_RESOURCES, kit), config))
+    ):
+        after = _with_list(config, _others(listed))
+        result.warnings.append(f"{target}: {why}, so our entries are taken out and everything else stays")
+    elif after is None and not is_ours:
+        after = config.content
+    if after != config.content or kept:
+        result.edits.append(Edit(target, config.content, after))
         result.lines.append(f"{target}: {'removed' if after is None else 'as it was'}")
 
 
-def _made_from(default: Path, data: dict[str, Any]) -> bool:
+def _made_from(default: Path, config: Config) -> bool:
     """Whether this package, or an earlier version of it, made a file of the kit's default and nobody edited it."""
-    if not default.exists() or not any(map(is_of_our_package, data[ALLOW_LIST])):
+    if not default.exists():
         return False
-    before = {ALLOW_LIST: [*DEFAULT_CLASS_ALLOW_LIST], **_read(default)[1]}
-    return {**data, ALLOW_LIST: _others(data[ALLOW_LIST])} == {**before, ALLOW_LIST: _others(before[ALLOW_LIST])}
+    one, other = ({**each.data, ALLOW_LIST: _others(_allowed(each))} for each in (config, config_text.load(default)))
+    return one == other
 
 
 def _others(listed: Iterable[Any]) -> list[Any]:
@@ -202,34 +181,27 @@ def _others(listed: Iterable[Any]) -> list[Any]:
 # -- the observer ----------------------------------------------------------------------------------------------------
 
 
-def _observer_content() -> bytes:
-    return (json.dumps({"format_version": 2, "components": [dict(COMPONENT)]}, indent=2) + "\n").encode()
-
-
-def _components_of(path: Path) -> list[Any]:
-    listed = _read(path)[1].get("components", [])
-    if not isinstance(listed, list):
-        raise InstallError(f"{path}: its components are no list")
-    return listed
+def _components_of(path: Path) -> list[dict[str, Any]]:
+    listed = config_text.load(path).listed("components")
+    return [item if isinstance(item, dict) else {} for item in listed]
 
 
 def _observe(kit: Path, local: Path, result: Plan) -> None:
     path = editing.real_path(local / OBSERVER_FILE, kit)
     for file in _other_resources(kit, path):
         for item in _components_of(file):
-            if isinstance(item, dict) and (item.get("id"), item.get("path")) != (None, None):
-                if item.get("path") == COMPONENT["path"]:
-                    result.warnings.append(f"{file} has the observer already; {OBSERVER_FILE} is not needed")
-                    return
-                if item.get("id") == COMPONENT["id"]:
-                    raise InstallError(f"{file} has another component with the id {COMPONENT['id']}")
+            if item.get("path") == COMPONENT["path"]:
+                result.warnings.append(f"{file} has the observer already; {OBSERVER_FILE} is not needed")
+                return
+            if item.get("id") == COMPONENT["id"]:
+                raise EditError(f"{file} has another component with the id {COMPONENT['id']}")
     content = editing.read(path)
     if content is None:
         source, _ = _resources(kit, local)
-        result.edits.append(Edit(path, None, _observer_content(), like=source))
+        result.edits.append(Edit(path, None, _OBSERVER, like=source))
         result.lines.append(f"{path}: {COMPONENT['path']} in the server's parent process")
-    elif COMPONENT["path"] not in [item.get("path") for item in _components_of(path) if isinstance(item, dict)]:
-        raise InstallError(f"{path} is there, and is not ours: it has no {COMPONENT['path']}")
+    elif COMPONENT["path"] not in [item.get("path") for item in _components_of(path)]:
+        raise EditError(f"{path} is there, and is not ours: it has no {COMPONENT['path']}")
 
 
 def _other_resources(kit: Path, ours: Path) -> Iterator[Path]:
@@ -249,13 +221,12 @@ def _stop_observing(kit: Path, local: Path, result: Plan) -> None:
     if content is None:
         return
     listed = _components_of(path)
-    if any(not isinstance(item, dict) or item.get("path") != COMPONENT["path"] for item in listed):
-        raise InstallError(f"{path} holds more than the observer: move that elsewhere first")
-    arguments = [item.get("args") for item in listed if item.get("args")]
-    if arguments:
+    if any(item.get("path") != COMPONENT["path"] for item in listed):
+        raise EditError(f"{path} holds more than the observer: move that elsewhere first")
+    if any(item.get("args") for item in listed):
         result.warnings.append(f"{path} is removed with the arguments that somebody gave the observer")
     result.edits.append(Edit(path, content, None))
     result.lines.append(f"{path}: removed")
 
 
-__all__ = ["EditError", "InstallError", "Plan", "plan", "plan_undo"]
+__all__ = ["EditError", "Plan", "plan", "plan_undo"]
