@@ -331,6 +331,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken JSON": (write("local/resources.json", '{"class_allow_list": ["a.b"'), "is no valid JSON"),
     "a key twice": (write("local/resources.json", '{"class_allow_list": [], "class_allow_list": []}'), "stands twice"),
     "a list": (write("local/resources.json", "[]"), "holds no object"),
+    "null as the list": (write("local/resources.json", '{"class_allow_list": null}'), "is no list"),
     "an object as the list": (write("local/resources.json", '{"class_allow_list": {}}'), "is no list"),
     "a byte order mark": (write("local/resources.json", "\ufeff{}"), "byte order mark"),
     "somebody else's file": (write(OBSERVER, '{"components": [{"id": "x", "path": "a.B"}]}'), "is not ours"),

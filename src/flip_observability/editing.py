@@ -15,7 +15,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,8 +74,22 @@ class Plan:
             yield from difflib.unified_diff(before, after, old, new, lineterm="")
 
     def apply(self) -> None:
-        """Do it, all of it or nothing (see :func:`apply`)."""
-        apply(self.edits)
+        """Do all edits, or none: everything that needs space or rights is done before the first file is replaced.
+
+        What another process has done already counts as done.
+
+        Raises:
+            EditError: none was done, with the reason.
+        """
+        with contextlib.ExitStack() as temporary, contextlib.ExitStack() as way_back:
+            for edit, (new, old, kept) in [(edit, _staged(edit, temporary)) for edit in self.edits]:
+                _change(edit, new, old, kept, way_back)
+            way_back.pop_all()  # all is done: nothing is to be put back
+        for edit in self.edits:
+            with contextlib.suppress(OSError):  # the change is made; a file too many is no failure
+                for file in originals(edit.path):
+                    if edit.keep is None or file != edit.kept_in:
+                        file.unlink()
 
 
 def read(path: Path) -> bytes | None:
@@ -130,25 +144,6 @@ def original(path: Path, content: bytes) -> tuple[bytes | None, str]:
         if before is not None and (file == backup_name(path, content) or before == content):
             return before, ""
     return None, "it was edited since" if kept else "there is no original beside it"
-
-
-def apply(edits: Sequence[Edit]) -> None:
-    """Do all edits, or none: everything that needs space or rights is done before the first file is replaced.
-
-    What another process has done already counts as done.
-
-    Raises:
-        EditError: none was done, with the reason.
-    """
-    with contextlib.ExitStack() as temporary, contextlib.ExitStack() as way_back:
-        for edit, (new, old, kept) in [(edit, _staged(edit, temporary)) for edit in edits]:
-            _change(edit, new, old, kept, way_back)
-        way_back.pop_all()  # all is done: nothing is to be put back
-    for edit in edits:
-        with contextlib.suppress(OSError):  # the change is made; a file too many is no failure
-            for file in originals(edit.path):
-                if edit.keep is None or file != edit.kept_in:
-                    file.unlink()
 
 
 def _staged(edit: Edit, temporary: contextlib.ExitStack) -> tuple[Path | None, ...]:

@@ -17,6 +17,7 @@ import typer
 
 from flip_observability.cli import adopt, demo, doctor, outbox, results, run, runs, serve
 from flip_observability.cli.common import DIRECTORY_VARIABLE, PROGRAM, CommandError, complain
+from flip_observability.editing import EditError
 from flip_observability.ledger import LedgerError
 from flip_observability.settings import LEDGER_FOLDER, SettingsError
 
@@ -53,7 +54,7 @@ def main() -> None:
         app(prog_name=PROGRAM)
     except CommandError as error:
         complain(str(error), error.details)
-    except (SettingsError, LedgerError) as error:
+    except (SettingsError, LedgerError, EditError) as error:
         complain(str(error))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from flip_observability import report
-from flip_observability.cli.common import CommandError, console, warn
-
-if TYPE_CHECKING:
-    from flip_observability.editing import Plan
+from flip_observability.cli.common import console, warn
 
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 _WIDEST = 2_000
@@ -36,23 +33,22 @@ def install(
     """Put the observer and the class allow list's entries into a provisioned server's kit."""
     from flip_observability.nvflare import install as kits
 
-    try:
-        wanted = kits.plan_undo(kit) if undo else kits.plan(kit)
-        if not (check or dry_run):
-            wanted.apply()
-    except kits.EditError as error:
-        raise CommandError(str(error)) from None
+    wanted = kits.plan_undo(kit) if undo else kits.plan(kit)
+    look = check or dry_run
+    if not look:
+        wanted.apply()
     for warning in wanted.warnings:
         warn(warning)
     if not wanted.edits:
         typer.echo("Nothing to undo." if undo else "Installed already; nothing to change.")
-    elif check or dry_run:
-        _show(wanted)
-        typer.echo(f"{len(wanted.edits)} of the kit's files would change.")
-    else:
-        _say(wanted.lines)
-        typer.echo("Done. Restart the server: its parent process reads these files when it starts.")
-    if check and wanted.edits:
+        return
+    _say(wanted.difference() if look else wanted.lines)
+    typer.echo(
+        f"{len(wanted.edits)} of the kit's files would change."
+        if look
+        else "Done. Restart the server: its parent process reads these files when it starts."
+    )
+    if check:
         raise typer.Exit(1)
 
 
@@ -74,32 +70,22 @@ def adopt(
         raise typer.BadParameter("goes with neither --add nor --persistor", param_hint="--undo")
     from flip_observability.nvflare import adopt as jobs
 
-    try:
-        wanted = jobs.plan_undo(job) if undo else jobs.plan(job, add=add, persistor_id=persistor)
-        _show(wanted)
-        _say(wanted.lines)
-        if not wanted.edits:
-            typer.echo("Nothing to undo." if undo else "Adopted already; nothing to change.")
-        elif check:
-            raise typer.Exit(1)
-        else:
-            if not yes:
-                count = len(wanted.edits)
-                typer.confirm("Change it?" if count == 1 else f"Change these {count} files?", abort=True)
-            wanted.apply()
-            typer.echo("Changed back." if undo else "Adopted. --undo puts back what was there.")
-    except jobs.EditError as error:
-        raise CommandError(str(error)) from None
+    wanted = jobs.plan_undo(job) if undo else jobs.plan(job, add=add, persistor_id=persistor)
+    _say([*wanted.difference(), *wanted.lines])
+    if not wanted.edits:
+        typer.echo("Nothing to undo." if undo else "Adopted already; nothing to change.")
+        return
+    if check:
+        raise typer.Exit(1)
+    if not yes:
+        typer.confirm(f"Change {len(wanted.edits)} of the job's files?", abort=True)
+    wanted.apply()
+    typer.echo("Changed back." if undo else "Adopted. --undo puts back what was there.")
 
 
 def _say(lines: Iterable[str]) -> None:
-    for line in lines:
-        typer.echo(report.safe(line, _WIDEST))
-
-
-def _show(wanted: Plan) -> None:
+    """Print lines that may hold whatever a stranger has written, those of a difference in its colours."""
     out = console()
-    for line in wanted.difference():
-        out.print(
-            Text(report.safe(line.replace("\t", "    "), _WIDEST), style=_STYLES.get(line[:1], "")), soft_wrap=True
-        )
+    for line in lines:
+        text = report.safe(line.replace("\t", "    "), _WIDEST)
+        out.print(Text(text, style=_STYLES.get(line[:1], "")), soft_wrap=True)

@@ -7,7 +7,6 @@ components; otherwise nothing is changed.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import re
@@ -51,7 +50,7 @@ def plan(job: Path, *, add: bool = False, persistor_id: str = "") -> Plan:
     """
     result = Plan()
     for config in _configs(job):
-        with _refusing(config.path, "is not changed"):
+        with config_text.refusing(config.path, "is not changed"):
             after, notes = _adopted(config, add=add, persistor_id=persistor_id or "persistor")
         if after != config.content:
             result.edits.append(Edit(config.path, config.content, after, keep=config.content))
@@ -70,7 +69,7 @@ def plan_undo(job: Path) -> Plan:
     for config in _configs(job):
         after, why = editing.original(config.path, config.content)
         if after is None:
-            with _refusing(config.path, "is not changed back"):
+            with config_text.refusing(config.path, "is not changed back"):
                 text = config_text.replace_paths(config.text, TO_FLIPS)
                 after = _verified(config, text, _renamed(config.data, TO_FLIPS))
             if after != config.content:
@@ -78,14 +77,6 @@ def plan_undo(job: Path) -> Plan:
         if after != config.content or editing.originals(config.path):
             result.edits.append(Edit(config.path, config.content, after))
     return result
-
-
-@contextlib.contextmanager
-def _refusing(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigTextError as error:
-        raise EditError(f"{path} {what}: {error}") from None
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
@@ -253,11 +244,8 @@ def _notes_on_code(config: Path, job: Path) -> Iterator[str]:
     """Which files of the app's own code, FLIP's copy of itself left out, use components of FLIP's that ours replace."""
     app = next((folder.parent for folder in config.parents if folder.name == "config"), job)
     custom = app / "custom"
-    sources = (
-        list(itertools.islice(custom.rglob("*.py"), _MAX_SOURCES))
-        if custom.is_dir() and not custom.is_symlink()
-        else []
-    )
+    found = () if custom.is_symlink() else custom.rglob("*.py")
+    sources = list(itertools.islice(found, _MAX_SOURCES))
     if not sources:
         yield "no custom code: the server accepts our classes only after flip-obs install of its kit"
     for file in sorted(sources):

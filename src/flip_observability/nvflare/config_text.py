@@ -6,6 +6,7 @@ A job may be a stranger's. JSON is read here, within a size. HOCON and YAML are 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -66,15 +67,23 @@ def load(path: Path, form: ConfigFormat = ConfigFormat.JSON) -> Config:
         EditError: it cannot be read, or is not understood.
     """
     content = editing.read(path) or b""
-    try:
+    with refusing(path, "is not understood"):
         if content.startswith(b"\xef\xbb\xbf"):
             raise ConfigTextError("it begins with a byte order mark, which NVFLARE does not read: save it without")
-        text = content.decode("utf-8")
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ConfigTextError("it is not UTF-8") from None
         return Config(path, form, content, text, parse(text, form))
-    except UnicodeDecodeError:
-        raise EditError(f"{path} is not understood: it is not UTF-8") from None
+
+
+@contextlib.contextmanager
+def refusing(path: Path, what: str) -> Iterator[None]:
+    """Name the file in what is raised for its text."""
+    try:
+        yield
     except ConfigTextError as error:
-        raise EditError(f"{path} is not understood: {error}") from None
+        raise EditError(f"{path} {what}: {error}") from None
 
 
 def parse(text: str, form: ConfigFormat) -> dict[str, Any]:

@@ -69,36 +69,33 @@ def plan_undo(kit: Path) -> Plan:
 
 
 def _local_folder(kit: Path) -> Path:
-    if not kit.is_dir():
-        raise EditError(f"{kit} {'is no folder' if kit.exists() else 'does not exist'}")
-    reason = _why_no_server_kit(kit) or _why_not_to_be_changed(kit)
-    if reason:
-        raise EditError(f"{kit} {reason}")
-    return kit / "local"
+    startup, local = kit / "startup", kit / "local"
+    is_servers = (kit / _STARTUP).is_file()
+    reasons = (
+        (not kit.exists(), "does not exist"),
+        (not kit.is_dir(), "is no folder"),
+        (not is_servers and (startup / "fed_client.json").is_file(), "is the kit of a client, not of the server"),
+        (not is_servers and (startup / "fed_admin.json").is_file(), "is the kit of an admin, not of the server"),
+        (not is_servers, f"is no server kit: there is no {_STARTUP} in it"),
+        (not local.is_dir(), "is no complete server kit: there is no local folder in it"),
+        (
+            local.is_symlink() and local.resolve().parent.name == "kit",
+            "is a working copy that start.sh makes anew at every start: name the kit that it is made from",
+        ),
+        (
+            (kit / "signature.json").exists(),
+            f"is a kit for a confidential VM, signed as a whole: put our classes into its project's {ALLOW_LIST}",
+        ),
+    )
+    for applies, reason in reasons:
+        if applies:
+            raise EditError(f"{kit} {reason}{'' if is_servers else _hint(kit)}")
+    return local
 
 
-def _why_no_server_kit(kit: Path) -> str | None:
-    startup = kit / "startup"
-    if (startup / "fed_server.json").is_file():
-        return None if (kit / "local").is_dir() else "is no complete server kit: there is no local folder in it"
-    for name, owner in (("fed_client.json", "a client"), ("fed_admin.json", "an admin")):
-        if (startup / name).is_file():
-            return f"is the kit of {owner}, and this belongs into the server's"
+def _hint(kit: Path) -> str:
     below = sorted(file.parent.parent for depth in ("*", "*/*", "*/*/*") for file in kit.glob(f"{depth}/{_STARTUP}"))
-    hint = f"; did you mean {below[0]}?" if below else ""
-    return f"is no server kit: there is no {_STARTUP} in it{hint}"
-
-
-def _why_not_to_be_changed(kit: Path) -> str | None:
-    local = kit / "local"
-    if local.is_symlink() and local.resolve().parent.name == "kit":
-        return "is a working copy that start.sh makes anew at every start: name the kit that it is made from"
-    if (kit / "signature.json").exists():
-        return (
-            "is a kit for a confidential VM, signed as a whole: name our classes in the provisioning project "
-            "(class_allow_list) instead"
-        )
-    return None
+    return f"; did you mean {below[0]}?" if below else ""
 
 
 # -- the allow list --------------------------------------------------------------------------------------------------
@@ -149,21 +146,23 @@ def _disallow(kit: Path, local: Path, result: Plan) -> None:
     if source != target:
         return  # there is no list of the site's own
     config = config_text.load(target)
-    listed, kept = config.listed(ALLOW_LIST), editing.originals(target)
-    after, why = editing.original(target, config.content)
-    is_ours = any(map(is_of_our_package, listed))
-    if (
-        after is None
-        and is_ours
-        and (kept or not _made_from(editing.real_path(local / DEFAULT_RESOURCES, kit), config))
-    ):
-        after = _with_list(config, _others(listed))
-        result.warnings.append(f"{target}: {why}, so our entries are taken out and everything else stays")
-    elif after is None and not is_ours:
-        after = config.content
-    if after != config.content or kept:
+    after = _without_ours(config, editing.real_path(local / DEFAULT_RESOURCES, kit), result)
+    if after != config.content or editing.originals(target):
         result.edits.append(Edit(target, config.content, after))
         result.lines.append(f"{target}: {'removed' if after is None else 'as it was'}")
+
+
+def _without_ours(config: Config, default: Path, result: Plan) -> bytes | None:
+    listed = config.listed(ALLOW_LIST)
+    before, why = editing.original(config.path, config.content)
+    if before is not None:
+        return before
+    if not any(map(is_of_our_package, listed)):
+        return config.content
+    if not editing.originals(config.path) and _made_from(default, config):
+        return None
+    result.warnings.append(f"{config.path}: {why}, so our entries are taken out and everything else stays")
+    return _with_list(config, _others(listed))
 
 
 def _made_from(default: Path, config: Config) -> bool:
