@@ -119,3 +119,10 @@ digests: ## the digests of the images that are pulled (needs the network; ARGS=-
 
 dist: $(TOOLS)/.installed ## wheel, source archive and bill of materials, in dist/
 	@PATH="$(abspath $(TOOLS))/bin:$$PATH" scripts/dist.sh
+
+$(VENV)/.fuzz: $(STAMP) requirements/fuzz.txt
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/fuzz.txt
+	@touch "$@"
+
+fuzz: $(VENV)/.fuzz ## feed what reads hostile input, a minute for each target (ARGS="--seconds 600 archive")
+	"$(BIN)/python" -m fuzz $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import stat
 import struct
@@ -312,7 +313,21 @@ def test_a_damaged_member_costs_only_itself(server: Server, tmp_path: Path) -> N
     assert any("broken.npz" in warning for warning in receipt.warnings)
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\3\4 cut off"], ids=["empty", "text", "truncated"])
+def of_a_later_version() -> bytes:
+    """An archive whose directory asks for a reader of version 23.6 (found by feeding it mutations)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.txt", b"text")
+    data = bytearray(buffer.getvalue())
+    data[data.index(b"PK\1\2") + 6] = 236
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no zip", b"PK\3\4 cut off", of_a_later_version()],
+    ids=["empty", "text", "truncated", "later version"],
+)
 def test_what_is_no_archive_is_said_to_be_none(server: Server, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(ResultsUploadError) as caught:

@@ -29,6 +29,7 @@ from flip_observability.ledger import Ledger
 from flip_observability.links import SeenLinks
 from flip_observability.nvflare.components import ServerEventHandler
 from flip_observability.process import current_process
+from flip_observability.recorder import RunRecorder
 from flip_observability.results import ResultsUploadError
 from poc import wait_until
 
@@ -98,6 +99,22 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     from flip_observability.client import detach
 
     detach()
+
+
+@pytest.fixture(autouse=True)
+def _no_recorder_outlives_its_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run that never ends keeps its threads, which then log and count errors in other tests."""
+    made: list[RunRecorder] = []
+    begin = RunRecorder.__init__
+
+    def noted(recorder: RunRecorder, *arguments: Any, **named: Any) -> None:
+        begin(recorder, *arguments, **named)
+        made.append(recorder)
+
+    monkeypatch.setattr(RunRecorder, "__init__", noted)
+    yield
+    for recorder in made:
+        recorder.close()
 
 
 def context(engine: Engine | None, props: dict[str, Any] | None = None) -> FLContext:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,13 +88,10 @@ class StoredArchive:
 
     @contextmanager
     def open(self) -> Iterator[Content]:
-        try:
-            with self.path.open("rb") as file, ZipFile(file) as archive:
-                members = _members(archive)
-                _refuse_bomb(members, os.fstat(file.fileno()).st_size)
-                yield _ArchiveContent(archive, members, self.kit, self.max_bytes, self.links)
-        except BadZipFile as error:
-            raise _archive.SourceError(type(error).__name__) from error
+        with self.path.open("rb") as file, _directory_of(file) as archive:
+            members = _members(archive)
+            _refuse_bomb(members, os.fstat(file.fileno()).st_size)
+            yield _ArchiveContent(archive, members, self.kit, self.max_bytes, self.links)
 
 
 def salvage(
@@ -121,6 +119,18 @@ def salvage(
 
 
 # -- an archive as the source ------------------------------------------------------------------------------------------
+
+
+def _directory_of(file: IO[bytes]) -> ZipFile:
+    """The archive with its directory read.
+
+    Raises:
+        SourceError: it is none, it is damaged, or it asks for what no reader here can do.
+    """
+    try:
+        return ZipFile(file)
+    except (BadZipFile, EOFError, NotImplementedError, OverflowError, ValueError, struct.error) as error:
+        raise _archive.SourceError(type(error).__name__) from error
 
 
 def _members(archive: ZipFile) -> dict[str, ZipInfo]:
