@@ -30,7 +30,7 @@ def steps(arguments: Sequence[str]) -> dict[str, list[str]]:
         "ruff check": [str(beside / "ruff"), "check", "."],
         "ruff format": [str(beside / "ruff"), "format", "--check", "."],
         "mypy": [str(beside / "mypy")],
-        "pytest": [*pytest, "-m", "not system and not flip", "--durations=10", *arguments],
+        "pytest": [*pytest, "-m", "not system and not flip", "--strict-skips", "--durations=10", *arguments],
     }
 
 

@@ -300,6 +300,7 @@ def test_the_demo_server_understands_its_command() -> None:
     assert any(arguments.folder.is_relative_to(path) for path in data), "what it writes lies on a volume"
 
 
+@pytest.mark.system
 def test_prometheus_accepts_the_configuration_as_it_is_mounted(tmp_path: Path) -> None:
     from prometheus_tools import run_tool
 

@@ -39,6 +39,7 @@ def block(beginning: str) -> str:
     return str(found[0])
 
 
+@pytest.mark.system
 def test_prometheus_takes_the_configuration(tmp_path: Path) -> None:
     prometheus_tools.require("promtool")
     (tmp_path / "prometheus.yml").write_text(block("# prometheus.yml"))

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from scripts import test as make_test
 from scripts import test_all as parts_of_tests
 from scripts.test_all import PARTS, ROOT, Outcome, Part, count, play, pytest_command, summary
 
@@ -26,6 +27,11 @@ def test_the_rest_is_all_that_no_other_part_has() -> None:
         f"tests/{file}" for part in PARTS for file in part.files
     }
     assert "--strict-skips" in command
+
+
+def test_a_test_that_was_not_marked_as_needing_a_program_fails_where_there_is_none() -> None:
+    """`make test` would skip it there, and `make test-all` would never have it."""
+    assert "--strict-skips" in make_test.steps([])["pytest"]
 
 
 def test_tests_are_counted_by_what_became_of_them(tmp_path: Path) -> None:
