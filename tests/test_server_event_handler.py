@@ -574,7 +574,7 @@ def test_an_evaluations_metrics_reach_the_hub_at_round_0_before_the_final_status
 ) -> None:
     class Evaluation(Generator):
         def hub_metrics(self) -> dict[str, dict[str, float]]:
-            return {"site-1": {"ACC": 0.5}, "site-2": {"ACC": 0.25}}
+            return {"site-1": {"ACC": 0.5}, "site-2": {"ACC": 0.25}, "site-3": {f"L{n}": 1.0 for n in range(40)}}
 
     with EmbeddedHub("2026-10") as hub:
         monkeypatch.setenv("LOCAL_DEV", "false")
@@ -583,11 +583,12 @@ def test_an_evaluations_metrics_reach_the_hub_at_round_0_before_the_final_status
         monkeypatch.setenv("FLIP_HUB_CONTRACT", "2026-10")
         handler, engine = make(generator=Evaluation())
         run(handler, engine, EventType.START_RUN, *END)
-        assert hub.wait(lambda h: len(h.payloads(MODEL, "metrics")) == 2)
+        told = [record.kind for record in hub.records if record.accepted]
+        assert told == ["metrics"] * 42 + ["status"]  # a hub may take the server away after a final status
         sent = {
             (p["fl_client_name"], p["label"], p["result"], p["global_round"]) for p in hub.payloads(MODEL, "metrics")
         }
-        assert sent == {("site-1", "ACC", 0.5, 0), ("site-2", "ACC", 0.25, 0)}
+        assert {("site-1", "ACC", 0.5, 0), ("site-2", "ACC", 0.25, 0)} < sent
         assert hub.statuses(MODEL) == ["RESULTS_UPLOADED"]
 
 

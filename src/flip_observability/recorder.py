@@ -212,6 +212,14 @@ class RunRecorder:
         """In which the results are uploaded: calls of the bucket are spans below the upload's."""
         return self.trace.within(self._state.upload_span_id)
 
+    def catch_up(self, seconds: float) -> None:
+        """Let the hub have what waits for it, before a final status overtakes all of it.
+
+        Args:
+            seconds: that this may take.
+        """
+        self._wait_for_the_rest(time.monotonic() + seconds)
+
     def finish(self, seconds: float) -> bool:
         """Give the hub until the deadline to accept the final status, then the collector the spans.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +222,16 @@ class ServerEventHandler(UsesFlip, FLComponent):
         recorder.set_columns(intent=self._decide(recorder, failed, UploadOutcome.PENDING).value)
         recorder.is_aborted = lambda: context.is_aborted(fl_ctx)
         outcome = self._persist(recorder, fl_ctx)
-        self._send_evaluation(recorder)  # after the upload, which must not wait, and before the status that ends it all
+        deadline = time.monotonic() + recorder.settings.end_run_seconds
+        if self._send_evaluation(recorder):  # after the upload, which must not wait
+            # A hub may take the server away once it has the final status, which overtakes what waits.
+            recorder.catch_up(recorder.settings.end_run_seconds / 2)
         status = self._status(recorder, self._decide(recorder, failed, outcome))
         effects = recorder.record(FlareEvents.END_RUN, {} if status is None else {"status": status.value})
         self.final_status = recorder.state.final_status
         if outcome is not UploadOutcome.UPLOADED and status is not None:
             recorder.set_columns(intent=SALVAGE)  # the bucket may heal: an observer brings the results later
-        seconds = recorder.settings.end_run_seconds
+        seconds = max(0.0, deadline - time.monotonic())
         if effects.status is not None:
             self._tell_foreign(effects.status, seconds)
         if recorder.finish(seconds):
@@ -268,18 +272,21 @@ class ServerEventHandler(UsesFlip, FLComponent):
             report("json_generator", error, "the generator cannot say whether all tasks failed; taken as no")
             return False
 
-    def _send_evaluation(self, recorder: RunRecorder) -> None:
-        """Tell the hub what an evaluation measured: one point per label, at round 0."""
+    def _send_evaluation(self, recorder: RunRecorder) -> bool:
+        """Tell the hub what an evaluation measured: one point per label, at round 0. Returns whether there was any."""
         collect = getattr(self.validation_json_generator, "hub_metrics", None)
         model_id = recorder.identity.model_id
+        sent = False
         if not callable(collect) or model_id is None:
-            return
+            return sent
         try:
             for client, labels in collect().items():
                 for label, value in labels.items():
                     self.flip.send_metrics(client, model_id, label, value, 0)
+                    sent = True
         except BaseException as error:  # noqa: BLE001 - a generator or client of the job's own; the status must follow
             report("json_generator", error, "the evaluation's metrics were not all sent to the hub")
+        return sent
 
     def _persist(self, recorder: RunRecorder, fl_ctx: FLContext) -> UploadOutcome:
         if self.persist_and_cleanup is None or fl_ctx.get_engine() is None:
