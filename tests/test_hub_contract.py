@@ -62,6 +62,22 @@ def test_everything_that_can_be_said_is_accepted_by_a_hub_of_that_contract(
 
 
 @pytest.mark.parametrize(
+    ("kind", "payload", "told"),
+    [
+        ("log", {"client": "site-1", "log": "text"}, {"fl_client_name": "site-1", "log": "text", "success": False}),
+        (
+            "event",
+            EVENT,
+            {"event_type": "ROUND_STARTED", "global_round": 1, "details": {"total_rounds": 5}, "success": True},
+        ),
+    ],
+)
+def test_a_log_has_every_key_as_flip_sends_it(kind: str, payload: dict[str, Any], told: dict[str, Any]) -> None:
+    keys = ("fl_client_name", "log", "event_type", "global_round", "details", "success")
+    assert CONTRACTS["2026-10"].request(kind, MODEL, payload)[2] == dict.fromkeys(keys) | told
+
+
+@pytest.mark.parametrize(
     ("contract", "said", "sent"),
     [
         ("2026-05", "TRAINING_STARTED", "TRAINING_STARTED"),

@@ -56,6 +56,25 @@ def test_a_validation_is_written_by_client_and_owner(run: Run) -> None:
     assert (run.dir / "cross_site_val" / "cross_val_results.json").is_file()
 
 
+def test_a_collection_is_written_by_the_sites_in_it(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    generator = ValidationJsonGenerator()
+    parts = {
+        "a": DXO(DataKind.METRICS, data={"acc": 0.5}),
+        "b": DXO(DataKind.COLLECTION, data={"c": DXO(DataKind.METRICS, data={"acc": 1})}),
+        "weights": DXO(DataKind.WEIGHTS, data={"w": 1}),
+        "patient 4711": {"acc": 1},
+    }
+    reply = DXO(DataKind.COLLECTION, data=parts).to_shareable()
+    generator.handle_evaluation_events(RECEIVED, run.result("relay", reply, "SRV_server"))
+    assert written(run, generator) == {
+        "relay.a": {"SRV_server": {"acc": 0.5}},
+        "relay.b.c": {"SRV_server": {"acc": 1}},
+    }
+    assert "Expected dxo of kind METRICS but got WEIGHTS" in caplog.text
+    assert "1 parts of a collection cannot be read" in caplog.text
+    assert "4711" not in caplog.text
+
+
 def test_an_evaluation_is_written_by_client(run: Run) -> None:
     generator = EvaluationJsonGenerator()
     generator.handle_evaluation_events(RECEIVED, run.result("site-1", metrics(acc=0.5)))

@@ -98,12 +98,20 @@ def _log_2026_05(payload: Payload) -> dict[str, Any]:
 
 
 def _log_2026_10(payload: Payload) -> dict[str, Any]:
-    return {"fl_client_name": payload["client"], "log": payload["log"], "success": False}
+    return {
+        "fl_client_name": payload["client"],
+        "log": payload["log"],
+        "event_type": None,
+        "global_round": None,
+        "details": None,
+        "success": False,
+    }
 
 
 def _event_2026_10(payload: Payload) -> dict[str, Any]:
     return {
         "fl_client_name": payload["client"],
+        "log": None,
         "event_type": payload["event_type"],
         "global_round": payload["round"],
         "details": payload["details"],

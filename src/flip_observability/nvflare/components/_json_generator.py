@@ -77,26 +77,34 @@ class JsonGenerator(FLComponent):
         elif not result:
             self._refuse(fl_ctx, "Validation result not found")
         else:
-            dxo = self._metrics(fl_ctx, result)
-            if dxo is None:
+            metrics = self._metrics(fl_ctx, str(client), result)
+            if not metrics:
                 self._refused(fl_ctx, str(client), result)
-            else:
-                self._keep(fl_ctx, str(client), dxo)
+            for name, dxo in metrics.items():
+                self._keep(fl_ctx, name, dxo)
 
-    def _metrics(self, fl_ctx: FLContext, result: Any) -> DXO | None:
+    def _parts(self, client: str, dxo: DXO) -> tuple[Mapping[str, DXO], int]:
+        """The parts of a reply by the client that each came from, and how many could not be read."""
+        return {client: dxo}, 0
+
+    def _metrics(self, fl_ctx: FLContext, client: str, result: Any) -> dict[str, DXO]:
         try:
-            dxo = from_shareable(result)
-            kind, data = dxo.data_kind, dxo.data
+            parts, unreadable = self._parts(client, from_shareable(result))
+            kinds = {str(name): (dxo.data_kind, isinstance(dxo.data, dict), dxo) for name, dxo in parts.items()}
         except Exception as error:  # noqa: BLE001 - what a client sent can be anything, also no shareable at all
             # The type alone: messages about results can quote them.
             self._refuse(fl_ctx, f"Exception in handling validation result ({type(error).__name__})")
-            return None
-        if kind != DataKind.METRICS or not isinstance(data, dict):
-            self._refuse(
-                fl_ctx, f"Expected dxo of kind METRICS but got {str(getattr(kind, 'value', kind))[:64]} instead"
-            )
-            return None
-        return dxo
+            return {}
+        if unreadable:
+            self._refuse(fl_ctx, f"{unreadable} parts of a collection cannot be read")
+        metrics = {}
+        for name, (kind, is_dict, dxo) in kinds.items():
+            if kind == DataKind.METRICS and is_dict:
+                metrics[name] = dxo
+            else:
+                told = str(getattr(kind, "value", kind))[:64]
+                self._refuse(fl_ctx, f"Expected dxo of kind METRICS but got {told} instead")
+        return metrics
 
     def _refuse(self, fl_ctx: FLContext, reason: str) -> None:
         self.log_error(fl_ctx, f"{reason}. The result will not be saved to json.", fire_event=False)

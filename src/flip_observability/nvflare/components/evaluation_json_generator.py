@@ -107,10 +107,10 @@ class EvaluationJsonGenerator(JsonGenerator):
             else:
                 self._eval_results.setdefault(client, {})[model] = entry
 
-    def _metrics(self, fl_ctx: FLContext, result: Any) -> DXO | None:
+    def _metrics(self, fl_ctx: FLContext, client: str, result: Any) -> dict[str, DXO]:
         if _failure_of(result) is not None:
-            return None  # a failed task has no metrics to read: its return code says it all
-        return super()._metrics(fl_ctx, result)
+            return {}  # a failed task has no metrics to read: its return code says it all
+        return super()._metrics(fl_ctx, client, result)
 
     def _refused(self, fl_ctx: FLContext, client: str, result: Any) -> None:
         code = _failure_of(result) or ReturnCode.EXECUTION_RESULT_ERROR

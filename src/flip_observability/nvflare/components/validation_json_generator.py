@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from nvflare.apis.dxo import DXO
+from nvflare.apis.dxo import DXO, get_leaf_dxos
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.app_constant import AppConstants
 
@@ -14,7 +15,9 @@ from flip_observability.nvflare.components._json_generator import JsonGenerator
 class ValidationJsonGenerator(JsonGenerator):
     """Writes ``{client that validated: {model that was validated: metrics}}``.
 
-    A component of the job's ``config_fed_server.json``, driven by ``ServerEventHandler``.
+    A component of the job's ``config_fed_server.json``, driven by ``ServerEventHandler``. A reply may also be a
+    collection of the results of several sites, as a client sends it that stands for others: each is kept under the
+    name that NVFLARE gives it.
 
     Args:
         results_dir: folder of the file, relative to the run directory and inside it.
@@ -29,6 +32,10 @@ class ValidationJsonGenerator(JsonGenerator):
 
     def _results(self) -> dict[str, Any]:
         return self._val_results
+
+    def _parts(self, client: str, dxo: DXO) -> tuple[Mapping[str, DXO], int]:
+        leaves, errors = get_leaf_dxos(dxo, client)
+        return leaves, len(errors)
 
     def _keep(self, fl_ctx: FLContext, client: str, dxo: DXO) -> None:
         owner = fl_ctx.get_prop(AppConstants.MODEL_OWNER, None)
