@@ -8,12 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from nvflare.apis.fl_context import FLContext, FLContextManager
 
 from flare_run import JOB_ID, MODEL_ID, Run
-from flip_observability.nvflare.model_id import MAX_BYTES, model_id_of_job, model_id_of_run, resolve_model_id
+from flip_observability import errors
+from flip_observability.nvflare.model_id import (
+    MAX_BYTES,
+    find_model,
+    find_model_of_job,
+    find_model_of_queued_job,
+    model_id_of_job,
+    model_id_of_run,
+    resolve_model_id,
+)
 
 IN_CONFIG, IN_PROPS, IN_NAME = (f"{digit * 8}-0000-4000-8000-000000000000" for digit in "123")
 
@@ -37,6 +47,37 @@ def test_the_sources_are_asked_in_their_order(run: Run) -> None:
     assert resolve_model_id(fl_ctx) == IN_NAME
     run.meta_file.write_text(json.dumps({"name": "a job"}))
     assert resolve_model_id(fl_ctx) is None
+
+
+def test_sources_that_contradict_each_other_are_counted_logged_and_told_apart(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = find_model(run.context(), MODEL_ID)
+    assert (found.model_id, set(found.lost)) == (MODEL_ID, {IN_CONFIG, IN_PROPS, IN_NAME})
+    errors.drain()
+    found.tell(JOB_ID)
+    assert errors.drain() == {"model_id": 1}
+    assert f"FLIP_MODEL_ID in custom/config.json names {IN_CONFIG}" in caplog.text
+    in_the_parent = find_model_of_job(run.dir)
+    assert (in_the_parent.model_id, in_the_parent.lost) == (IN_CONFIG, {IN_PROPS: ANY, IN_NAME: ANY})
+
+
+def test_sources_that_agree_in_whatever_spelling_are_no_contradiction(run: Run) -> None:
+    run.meta_file.write_text(json.dumps({"name": MODEL_ID.upper(), "custom_props": {"model_id": MODEL_ID}}))
+    run.config_file.write_text(json.dumps({"FLIP_MODEL_ID": MODEL_ID.replace("-", "")}))
+    found = find_model(run.context_without_meta(), MODEL_ID)
+    assert (found.model_id, dict(found.lost)) == (MODEL_ID, {})
+    errors.drain()
+    found.tell(JOB_ID)
+    assert errors.drain() == {}
+
+
+def test_the_name_of_a_queued_job_counts_before_the_researchers_own_metadata() -> None:
+    meta = {"name": IN_NAME, "custom_props": {"model_id": IN_PROPS}}
+    found = find_model_of_queued_job(meta)
+    assert (found.model_id, set(found.lost)) == (IN_NAME, {IN_PROPS})
+    assert find_model_of_queued_job(meta | {"name": "a job"}).model_id == IN_PROPS
+    assert find_model_of_queued_job({}).model_id is None
 
 
 @pytest.mark.parametrize("argument", ["not-a-uuid", "../x", None, "x" * 10_240])

@@ -22,6 +22,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.widgets.validation_json_generator import ValidationJsonGenerator as FlareJsonGenerator
 
+from flip_observability import errors
 from flip_observability.constants import FlipEvents, FlipProps, ModelStatus
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.ending import SALVAGE
@@ -601,6 +602,23 @@ def test_a_generator_that_cannot_give_its_metrics_does_not_keep_the_status_back(
     handler, engine = make(client, Evaluation())
     run(handler, engine, EventType.START_RUN, *END)
     assert client.statuses == ["RESULTS_UPLOADED"]
+
+
+def test_a_model_that_lost_the_run_is_told_no_status_and_the_run_says_so(tmp_path: Path) -> None:
+    from flip_observability import FLIP
+
+    other = "99999999-0000-4000-8000-000000000000"
+    meta = {FLContextKey.JOB_META: {"custom_props": {"model_id": other}}}
+    handler, engine = make()
+    errors.drain()
+    handler.handle_event(EventType.START_RUN, context(engine, meta))
+    assert errors.drain()["model_id"] == 1
+    assert FLIP().update_status(other, ModelStatus.ERROR) is False
+    run(handler, engine, *END)
+    with Ledger(tmp_path / "ledger") as ledger:
+        (row,) = ledger.runs()
+        assert (row["model_id"], list(row["problems"])) == (MODEL, ["model_id"])
+        assert {item.model_id for item in ledger.outbox(kind="status")} == {MODEL}
 
 
 def test_a_status_that_the_jobs_code_gives_to_the_client_is_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,9 @@ from nvflare.apis.workspace import Workspace
 import flare_run
 from flip_observability import errors
 from flip_observability.client import detach
+from flip_observability.constants import ModelStatus
 from flip_observability.demo.scenarios import MODEL_FILE
+from flip_observability.ending import UnendedRun
 from flip_observability.ledger import JUDGE, Entry, Ledger
 from flip_observability.nvflare.components import ServerEventHandler, ValidationJsonGenerator
 from flip_observability.nvflare.server_observer import ServerObserver, _Registrar
@@ -191,6 +193,33 @@ def test_the_model_id_of_a_started_job_is_that_of_its_configuration(server: Serv
     server.fire(EventType.JOB_STARTED, **{FLContextKey.EVENT_DATA: {"job_id": JOB}})
     row = wait_until(lambda: server.row(JOB), 10, "the run is registered")
     assert row["model_id"] == MODEL
+
+
+def test_a_queued_job_that_names_two_models_says_so_and_the_other_one_is_told_nothing(server: Server) -> None:
+    errors.drain()
+    other = str(uuid.uuid4())
+    meta = {"name": MODEL, "job_id": JOB, "custom_props": {"model_id": other}}
+    server.fire(EventType.SUBMIT_JOB, **{FLContextKey.JOB_META: meta})
+    row = wait_until(lambda: server.row(JOB), 10, "the run is registered")
+    assert (row["model_id"], list(row["problems"])) == (MODEL, ["model_id"])
+    wait_until(lambda: errors.drain().get("model_id") == 1, 10, "the contradiction is counted")
+    run_dir = server.deploy(JOB)
+    (run_dir / "meta.json").write_text(json.dumps(meta))
+    (run_dir / "app_server" / "custom").mkdir()
+    (run_dir / "app_server" / "custom" / "config.json").write_text(json.dumps({"FLIP_MODEL_ID": MODEL}))
+    second = str(uuid.uuid4())
+    for job in (JOB, second):
+        server.fire(EventType.JOB_STARTED, **{FLContextKey.EVENT_DATA: {"job_id": job}})
+    wait_until(lambda: server.row(second), 10, "the later one is registered")
+    row = server.row(JOB)
+    assert row is not None
+    assert row["model_id"] == MODEL
+    with Ledger(server.root / "flip_observability") as ledger:
+        ledger.append(Entry(JOB, time.time(), run={"boot_id": "b"}))
+        unended = UnendedRun.read(ledger, JOB)
+        assert unended is not None
+        assert unended.finalise(ledger, ModelStatus.ERROR, time.time(), "sentinel")
+        assert {item.model_id for item in ledger.outbox()} == {MODEL}
 
 
 def test_what_the_process_itself_knows_is_not_overwritten(server: Server) -> None:

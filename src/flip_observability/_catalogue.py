@@ -54,7 +54,7 @@ COMPONENTS = (
     ),
     *("tracing", "foreign_client", "server_observer"),
 )
-PROBLEMS = ("orphaned", "fatal_error", "aborted", "upload_failed", "hub_rejected")
+PROBLEMS = ("orphaned", "fatal_error", "aborted", "upload_failed", "hub_rejected", "model_id")
 
 RUN_LABELS = ("run_id", "model_id")
 

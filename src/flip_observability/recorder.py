@@ -55,13 +55,18 @@ MAX_BACKLOG = 10_000
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Whose run it is. ``run_id`` is a UUID, ``model_id`` None when nothing tells it."""
+    """Whose run it is. ``run_id`` is a UUID, ``model_id`` None when nothing tells it.
+
+    ``not_its_models`` are models that something in the job names although it belongs to ``model_id``: no status goes
+    to them from here.
+    """
 
     run_id: str
     job_id: str = ""
     model_id: str | None = None
     net_id: str = "default"
     run_dir: str = ""
+    not_its_models: frozenset[str] = frozenset()
 
 
 class RunRecorder:
@@ -168,8 +173,20 @@ class RunRecorder:
         with self._lock:
             self._write(Entry(self.identity.run_id, self.now(), run=columns))
 
+    def note(self, problem: str) -> None:
+        """Write a problem into the run's row that no event tells."""
+        with self._lock:
+            now = self.now()
+            self._write(Entry(self.identity.run_id, now, problems={problem: now}))
+
     def post(self, kind: str, model_id: str, payload: dict[str, Any], final: bool) -> None:
-        """Tell the hub something on behalf of the job's own code (the sink of :class:`flip_observability.hub.FLIP`)."""
+        """Tell the hub something on behalf of the job's own code (the sink of :class:`flip_observability.client.FLIP`).
+
+        Raises:
+            ValueError: a status of a model that the run does not belong to, though something in the job names it.
+        """
+        if kind == "status" and model_id in self.identity.not_its_models:
+            raise ValueError("not the model of this run")
         if kind == "status" and model_id == self.identity.model_id:
             self.record(OwnEvents.STATUS, {"status": str(payload["status"])}, final_by="client")
             return

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,44 @@ APP_CONFIG = "app_server/custom/config.json"
 JOB_META = "meta.json"
 SERVER_CONFIG = "app_server/config/config_fed_server"
 HANDLER = ".ServerEventHandler"
+ARGUMENT, CONFIG = "the component's argument", "FLIP_MODEL_ID in custom/config.json"
+PROPS, NAME = "custom_props in meta.json", "the job's name"
+PROBLEM = "model_id"
+"""The problem that a run has whose sources contradict each other."""
 MAX_BYTES = 1024 * 1024
 """A larger file is not read: these hold a few settings, and the memory of server and run is not ours to fill."""
 _VARIABLE = re.compile(r"\{(\w+)\}")
+
+
+Named = Iterable[tuple[str, Any]]
+"""What each source names, in the order in which they count."""
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """What the sources of a model id say, weighed.
+
+    Args:
+        model_id: in canonical spelling, of the first source that names one; None when none does.
+        source: which that was.
+        lost: other models, and the first source that names each: they are told nothing of this run.
+    """
+
+    model_id: str | None = None
+    source: str = ""
+    lost: Mapping[str, str] = field(default_factory=dict)
+
+    def tell(self, job_id: str) -> None:
+        """Count and log a contradiction, if there is one."""
+        if self.lost:
+            others = ", ".join(f"{source} names {model_id}" for model_id, source in self.lost.items())
+            what = f"job {job_id} belongs to model {self.model_id} by {self.source}, and {others}: not told anything"
+            report("model_id", "Contradiction", what)
+
+
+def find_model(fl_ctx: FLContext, configured: str | None = "") -> FoundModel:
+    """Weigh what a run's sources name as its model, as :func:`resolve_model_id` asks them. Nothing is raised."""
+    return _weigh(_all_named(configured, fl_ctx))
 
 
 def resolve_model_id(fl_ctx: FLContext, configured: str | None = "") -> str | None:
@@ -40,11 +76,7 @@ def resolve_model_id(fl_ctx: FLContext, configured: str | None = "") -> str | No
     Returns:
         The id in its canonical spelling, or None when nobody names one. Nothing is raised.
     """
-    try:
-        return canonical_uuid(configured) or next(filter(None, map(canonical_uuid, _candidates(fl_ctx))), None)
-    except Exception as error:  # noqa: BLE001 - promise: nothing of ours raises into the run
-        report("model_id", error, "cannot look for the model id")
-        return None
+    return canonical_uuid(configured) or find_model(fl_ctx).model_id
 
 
 def model_id_of_run(run_dir: str | os.PathLike[str], job_meta: Mapping[str, Any] | None = None) -> str | None:
@@ -54,18 +86,33 @@ def model_id_of_run(run_dir: str | os.PathLike[str], job_meta: Mapping[str, Any]
         run_dir: the folder that holds ``meta.json`` and ``app_server``; an empty text when there is none.
         job_meta: the job's metadata where the caller has them, asked after the folder's own.
     """
-    return next(filter(None, map(canonical_uuid, _named_in(run_dir, job_meta))), None)
+    return _weigh(_named_in(run_dir, job_meta)).model_id
 
 
-def model_id_of_job(run_dir: str | os.PathLike[str]) -> str | None:
-    """Find the model id of a job that has begun, for the server's parent process: as the job's own process will.
+def find_model_of_queued_job(job_meta: Mapping[str, Any]) -> FoundModel:
+    """Weigh what the metadata of a job name that has no folder yet.
 
-    Of what a job brings only plain JSON is parsed in that process, which must outlive every job. None also means that
-    only the job's process can tell: its configuration has another form, or names the model by what is not in it.
+    Its name counts first: FLIP names a job after its model and writes the same id into the ``custom/config.json`` that
+    will count when the job has begun, while the metadata's ``custom_props`` are the researcher's own.
+    """
+    named = list(_named_in("", job_meta))
+    return _weigh(sorted(named, key=lambda item: item[0] != NAME))
+
+
+def find_model_of_job(run_dir: str | os.PathLike[str]) -> FoundModel:
+    """Weigh what a job that has begun names as its model, for the server's parent process: as the job's own will.
+
+    Of what a job brings only plain JSON is parsed in that process, which must outlive every job. No model also means
+    that only the job's process can tell: its configuration has another form, or names the model by what is not in it.
     """
     found = server_config(run_dir)
     argument = "" if found is None else _argument_in(*found)
-    return None if argument is None else canonical_uuid(argument) or model_id_of_run(run_dir)
+    return FoundModel() if argument is None else _weigh([(ARGUMENT, argument), *_named_in(run_dir, None)])
+
+
+def model_id_of_job(run_dir: str | os.PathLike[str]) -> str | None:
+    """Find the model id of a job that has begun (see :func:`find_model_of_job`)."""
+    return find_model_of_job(run_dir).model_id
 
 
 def server_config(run_dir: str | os.PathLike[str]) -> tuple[str, bytes | None] | None:
@@ -107,19 +154,36 @@ def _argument_in(extension: str, content: bytes | None) -> str | None:
     return None if "{" in argument and canonical_uuid(argument) is None else argument
 
 
-def _candidates(fl_ctx: FLContext) -> Iterator[Any]:
+def _weigh(named: Named) -> FoundModel:
+    known: list[tuple[str, str]] = []
+    try:
+        for source, value in named:
+            model_id = canonical_uuid(value)
+            if model_id is not None:
+                known.append((source, model_id))
+    except Exception as error:  # noqa: BLE001 - promise: nothing of ours raises into the run; what was named counts
+        report("model_id", error, "cannot ask every source for the model id")
+    if not known:
+        return FoundModel()
+    first, winner = known[0]
+    lost = {model_id: source for source, model_id in reversed(known) if model_id != winner}
+    return FoundModel(winner, first, lost)
+
+
+def _all_named(configured: str | None, fl_ctx: FLContext) -> Iterator[tuple[str, Any]]:
+    yield ARGUMENT, configured
     yield from _named_in(context.run_directory(fl_ctx), fl_ctx.get_prop(FLContextKey.JOB_META, None))
 
 
-def _named_in(run_dir: str | os.PathLike[str], job_meta: Any) -> Iterator[Any]:
+def _named_in(run_dir: str | os.PathLike[str], job_meta: Any) -> Iterator[tuple[str, Any]]:
     root = Path(run_dir).resolve() if str(run_dir) else None
-    yield _read_object(root, APP_CONFIG).get("FLIP_MODEL_ID")
+    yield CONFIG, _read_object(root, APP_CONFIG).get("FLIP_MODEL_ID")
     metas = [_read_object(root, JOB_META), job_meta if isinstance(job_meta, Mapping) else {}]
     for meta in metas:
         props = meta.get("custom_props")
-        yield props.get("model_id") if isinstance(props, Mapping) else None
+        yield PROPS, props.get("model_id") if isinstance(props, Mapping) else None
     for meta in metas:
-        yield meta.get("name")
+        yield NAME, meta.get("name")
 
 
 def _read_object(root: Path | None, name: str) -> Mapping[str, Any]:

@@ -26,7 +26,13 @@ from flip_observability.errors import report
 from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT, TLS
 from flip_observability.ledger import Entry, Ledger
 from flip_observability.nvflare import context
-from flip_observability.nvflare.model_id import model_id_of_job, model_id_of_run, server_config
+from flip_observability.nvflare.model_id import (
+    PROBLEM,
+    FoundModel,
+    find_model_of_job,
+    find_model_of_queued_job,
+    server_config,
+)
 from flip_observability.observer import Observer
 from flip_observability.recorder import new_run_id
 from flip_observability.sentinel import Phase, Sentinel
@@ -296,7 +302,7 @@ class _Registrar:
             meta, deadline = self._without_id.popleft()
             job_id = meta.get(JobMetaKey.JOB_ID.value)
             if isinstance(job_id, str):
-                self._try(self._register, job_id, model_id_of_run("", dict(meta)))
+                self._try(self._register, job_id, find_model_of_queued_job(dict(meta)))
             elif time.monotonic() < deadline:
                 self._without_id.append((meta, deadline))
 
@@ -329,9 +335,9 @@ class _Registrar:
         if _is_somebody_elses(run_dir):
             ledger.forget_run(new_run_id(job_id))
             return
-        self._register(ledger, job_id, model_id_of_job(run_dir))
+        self._register(ledger, job_id, find_model_of_job(run_dir))
 
-    def _register(self, ledger: Ledger, job_id: str, model_id: str | None) -> None:
+    def _register(self, ledger: Ledger, job_id: str, found: FoundModel) -> None:
         run_id = canonical_uuid(job_id)
         if run_id is None:
             return  # its process will choose an id that cannot be known here
@@ -339,10 +345,14 @@ class _Registrar:
         columns: dict[str, Any] = {}
         if row is None:
             columns = {"job_id": job_id, "net_id": self._settings.net_id, "run_dir": str(self._root / job_id)}
-        if model_id is not None and (row is None or row["boot_id"] is None):
-            columns["model_id"] = model_id  # what the process itself found, it knows better
-        if columns:
-            ledger.append(Entry(run_id, time.time(), run=columns))
+        if found.model_id is not None and (row is None or row["boot_id"] is None):
+            columns["model_id"] = found.model_id  # what the process itself found, it knows better
+        now = time.time()
+        problems = {PROBLEM: now} if found.lost and (row is None or PROBLEM not in row["problems"]) else {}
+        if columns or problems:
+            ledger.append(Entry(run_id, now, run=columns, problems=problems))
+        if problems:
+            found.tell(job_id)
         if row is None:
             self._on_registered()
 

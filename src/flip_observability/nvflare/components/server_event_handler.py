@@ -23,7 +23,7 @@ from flip_observability.ledger import OutboxRow
 from flip_observability.lifecycle import TABLE, Ending, UploadOutcome, decide_ending
 from flip_observability.nvflare import context
 from flip_observability.nvflare.flip_client import UsesFlip
-from flip_observability.nvflare.model_id import resolve_model_id
+from flip_observability.nvflare.model_id import PROBLEM, find_model
 from flip_observability.recorder import RunIdentity, RunRecorder, new_run_id
 from flip_observability.settings import LEDGER_FOLDER, Settings, SettingsError
 
@@ -138,19 +138,25 @@ class ServerEventHandler(UsesFlip, FLComponent):
             self.log_info(fl_ctx, _contract.in_words(settings.hub_contract), fire_event=False)
             job_id = context.job_id_of(fl_ctx)
             run_id = new_run_id(job_id)
-            model_id = resolve_model_id(fl_ctx, self.model_id)
+            found = find_model(fl_ctx, self.model_id)
+            found.tell(job_id)
+            model_id = found.model_id
             if model_id is None and settings.local_dev and problem is None:
                 model_id = run_id
             self.model_id = model_id or self.model_id
             foreign = self._hub_client is not None and not isinstance(self._hub_client, FLIP)
             recorder = RunRecorder(
-                RunIdentity(run_id, job_id, model_id, settings.net_id, context.run_directory(fl_ctx)),
+                RunIdentity(
+                    run_id, job_id, model_id, settings.net_id, context.run_directory(fl_ctx), frozenset(found.lost)
+                ),
                 settings,
                 _ledger_directory(settings, fl_ctx),
                 transport=transport,
                 tell_hub=not foreign,
             )
             self._recorder = recorder
+        if found.lost:
+            recorder.note(PROBLEM)
         attach(recorder)
         if foreign:
             self._foreign = _ForeignClient()
