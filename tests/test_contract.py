@@ -73,3 +73,30 @@ def test_the_handler_says_it_once(
             handler.handle_event(event, FLContext())
     detach()
     assert caplog.text.count("spoken to in contract 2026-10; flip-utils 0.13.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "runs", "spoken"),
+    [
+        ("auto", "2026-10", "2026-10"),
+        ("auto", None, "2026-05"),
+        ("auto", "2099-01", "2026-05"),
+        ("2026-05", "2026-10", "2026-05"),
+    ],
+)
+def test_the_contract_of_a_run_counts_where_none_is_told(
+    told: str, runs: str | None, spoken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flip_observability.settings.installed_flip", lambda: None)
+    assert Settings.model_validate({"FLIP_HUB_CONTRACT": told}).contract_for(runs) == spoken
+
+
+def test_a_runs_own_process_writes_down_its_contract(tmp_path: Path) -> None:
+    from flip_observability.ledger import Ledger
+    from flip_observability.recorder import RunIdentity, RunRecorder
+
+    settings = Settings.model_validate({"FLIP_HUB_CONTRACT": "2026-10"})
+    recorder = RunRecorder(RunIdentity("5e0c9a38-54a1-4b6d-9d4e-1f2f30a94a10"), settings, tmp_path)
+    recorder.close()
+    with Ledger(tmp_path) as ledger:
+        assert [run["contract"] for run in ledger.runs()] == ["2026-10"]

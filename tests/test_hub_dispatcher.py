@@ -884,3 +884,26 @@ def test_nothing_is_sent_before_what_must_precede_it_has_been_done(
     dispatcher._ledger = ledger
     assert dispatcher.run_once(T0 + 10) == 1
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("contract", "told", "sent"),
+    [
+        ("2026-10", "auto", ["RUNNING", "RESULTS_UPLOAD_FAILED"]),
+        ("2026-10", "2026-05", ["ERROR"]),  # what it was told counts: the hub refuses TRAINING_STARTED
+        ("2026-05", "2026-05", ["TRAINING_STARTED", "ERROR"]),
+    ],
+)
+def test_an_observer_that_is_told_no_contract_speaks_the_runs(
+    ledger: Ledger, contract: Any, told: str, sent: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flip_observability.settings.installed_flip", lambda: None)  # where the observer runs
+    model = str(uuid.uuid4())
+    with EmbeddedHub(contract) as hub:
+        ledger.append(Entry("r", T0, run={"model_id": model, "contract": "2026-10"}))
+        dispatcher = dispatcher_for(hub, ledger, FLIP_HUB_CONTRACT=told)
+        for number, status in enumerate(("RUNNING", "RESULTS_UPLOAD_FAILED")):
+            item = OutboxItem(model, "status", {"status": status}, final=bool(number))
+            ledger.append(Entry("r", T0, outbox=(item,)))
+            dispatcher.run_once(T0 + number)
+        assert hub.statuses(model) == sent

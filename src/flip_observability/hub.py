@@ -236,7 +236,7 @@ class HubTransport:
     def __init__(self, settings: Settings, *, total: float = TOTAL_SECONDS, tracing: Tracing | None = None) -> None:
         self._tracing = tracing or shared(settings)
         self._base = settings.hub_url
-        self._contract = CONTRACTS[settings.hub_contract]
+        self._settings = settings
         self._total = total
         self._headers = {
             "User-Agent": "flip-observability",
@@ -257,7 +257,8 @@ class HubTransport:
             What came of it. Nothing is raised.
         """
         try:
-            method, path, body = self._contract.request(row.kind, row.model_id, row.payload)
+            contract = CONTRACTS[self._settings.contract_for(row.contract)]
+            method, path, body = contract.request(row.kind, row.model_id, row.payload)
             data = None if body is None else json.dumps(body, allow_nan=False).encode()
         except Exception as error:  # noqa: BLE001 - whatever a row holds, it must not stop the others
             return Reply(error=type(error).__name__, unsendable=True)

@@ -33,7 +33,7 @@ from flip_observability.utils import make_private_folder
 log = logging.getLogger(__name__)
 
 FILE_NAME = "ledger.db"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 FL_THREAD_BUSY_MS = 50
 """How long a thread of NVFLARE waits for a ledger that another process is writing to."""
 BUSY_MS = 5_000
@@ -138,12 +138,16 @@ CREATE UNIQUE INDEX events_of_runs ON events (run_id, uid);
 _LINKS = "CREATE TABLE links (run_id TEXT PRIMARY KEY, seen TEXT NOT NULL) WITHOUT ROWID"
 """What was seen as a link in a run's directory: apart from the runs, which are read whole again and again."""
 
+_CONTRACT = "ALTER TABLE runs ADD COLUMN contract TEXT"
+"""The hub's contract that the run's own process speaks, for an observer that is not told one."""
+
 _MIGRATIONS: dict[int, str] = {
     0: _SCHEMA,
     1: _INDEXES_OF_METRICS,
     2: _SPANS_OF_RUNS,
     3: _LEANER_EVENTS,
     4: _LINKS,
+    5: _CONTRACT,
 }
 """From a schema version to the next one. Version 0 is an empty file."""
 
@@ -157,7 +161,7 @@ _STATE = "SELECT CAST(name AS BLOB), CAST(labels AS BLOB), CAST(value AS BLOB) F
 RUN_COLUMNS = frozenset(
     "job_id model_id net_id run_dir boot_id pid_ns pid start_ticks heartbeat status started last_event ended workflow "
     "round total_rounds clients round_results stall_after intent root_claimed upload_key upload_id results_uri "
-    "results_bytes results_files results_crc32 spans_accepted".split()
+    "results_bytes results_files results_crc32 spans_accepted contract".split()
 )
 """Columns of ``runs`` that an entry may set. ``final_*`` are set by the claim alone, ``problems`` by merging."""
 
@@ -263,6 +267,8 @@ class OutboxRow:
     state: str
     done: float | None
     outcome: str | None
+    contract: str | None = None
+    """The run's, in rows that were taken to be sent."""
 
 
 class UnreadEvent(NamedTuple):
@@ -548,7 +554,8 @@ class Ledger:
         """
         with self._transaction() as db:
             rows = db.execute(
-                f"{_HEADS} SELECT o.* FROM heads AS h JOIN outbox AS o ON o.id = h.id"
+                f"{_HEADS} SELECT o.*, r.contract FROM heads AS h JOIN outbox AS o ON o.id = h.id"
+                " LEFT JOIN runs AS r ON r.run_id = o.run_id"
                 " WHERE (o.next_attempt <= :now OR :hurry OR typeof(o.next_attempt) != 'real')"
                 " AND NOT EXISTS (SELECT 1 FROM outbox AS l WHERE l.model_id = o.model_id AND l.lane = o.lane"
                 "                 AND l.lease_until > 0 AND l.lease_until > :now AND typeof(l.lease_until) = 'real')"
@@ -1134,8 +1141,7 @@ def _event_row(row: sqlite3.Row) -> dict[str, Any]:
 
 
 def _outbox_row(row: sqlite3.Row) -> OutboxRow:
-    names = OutboxRow.__dataclass_fields__
-    values = {name: row[name] for name in names}
+    values = {name: row[name] for name in row.keys() if name in OutboxRow.__dataclass_fields__}  # noqa: SIM118
     mended = {"final": bool(row["final"]), "payload": _object(row["payload"])}
     mended |= {"created": _number(row["created"], time.time()), "attempts": int(_number(row["attempts"], 0))}
     return OutboxRow(**values | mended)

@@ -330,6 +330,7 @@ class RunRecorder:
             "model_id": identity.model_id,
             "net_id": identity.net_id,
             "run_dir": identity.run_dir,
+            "contract": self.settings.hub_contract,
             "heartbeat": self.now(),
         }
         return Entry(identity.run_id, self.now(), run=columns | current_process().columns())

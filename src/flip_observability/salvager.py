@@ -288,7 +288,7 @@ class Salvager:
             return
         now = self._clock()
         unended.record(ledger, OwnEvents.UPLOAD_FAILED.value, now, attrs)
-        status = CONTRACTS[self._settings.hub_contract].upload_failed
+        status = CONTRACTS[self._settings.contract_for(unended.run["contract"])].upload_failed
         task.waits = False  # the results may still follow
         if unended.finalise(ledger, status, now, BY, {"intent": SALVAGE_FAILED if nothing_left else SALVAGE}):
             self._on_final()

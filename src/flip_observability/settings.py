@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from flip_observability._contract import contract_of, installed_flip
+from flip_observability._contract import ContractName, contract_of, installed_flip
 
 LEDGER_FOLDER = "flip_observability"
 """The ledger's folder below an NVFLARE workspace root, when ``FLIP_OBSERVABILITY_DIR`` is not set."""
@@ -71,12 +72,11 @@ class Settings(BaseSettings):
         description="Where results go: `s3://bucket[/prefix]` or `file:///dir`.",
     )
     net_id: str = Field("default", alias="NET_ID", description="Which FL network this server is.")
-    hub_contract: Literal["auto", "2026-05", "2026-10"] = Field(
+    told_contract: Literal["auto", "2026-05", "2026-10"] = Field(
         "auto",
         alias="FLIP_HUB_CONTRACT",
-        validate_default=True,
         description="The hub's wire vocabulary: `2026-05` or `2026-10`; `auto` is that of the installed flip-utils, "
-        "`2026-05` without one.",
+        "`2026-05` without one. An observer with `auto` speaks for each run as the run's own process did.",
     )
     directory: Path | None = Field(
         None,
@@ -119,10 +119,10 @@ class Settings(BaseSettings):
         """The limit of a run's results, as the archive counts it."""
         return int(self.results_max_gib * 1024**3)
 
-    @field_validator("hub_contract", mode="before")
+    @field_validator("told_contract", mode="before")
     @classmethod
-    def _hub_contract(cls, value: object) -> object:
-        return contract_of(installed_flip()) if value in ("", "auto") else value
+    def _told_contract(cls, value: object) -> object:
+        return value or "auto"
 
     @field_validator("hub_url")
     @classmethod
@@ -178,6 +178,21 @@ class Settings(BaseSettings):
         if not self.local_dev and not self.service_key.get_secret_value():
             raise ValueError("INTERNAL_SERVICE_KEY: is empty, and with LOCAL_DEV=false the hub needs it")
         return self
+
+    @cached_property
+    def hub_contract(self) -> ContractName:
+        """The contract that was asked for or, where that is none, the one of the installed FLIP."""
+        return contract_of(installed_flip()) if self.told_contract == "auto" else self.told_contract
+
+    def contract_for(self, runs: str | None) -> ContractName:
+        """The contract in which the hub is told of a run.
+
+        Args:
+            runs: the contract that the run's own process spoke; None when nobody knows. It counts unless this process
+                was told one: an observer need not have the FLIP installed that the job has.
+        """
+        known = self.told_contract == "auto"
+        return next((name for name in get_args(ContractName) if known and name == runs), self.hub_contract)
 
     @property
     def sends_key_in_clear(self) -> bool:

@@ -363,7 +363,7 @@ class _ForeignClient:
 def _settings_in_need() -> Settings:
     """What is needed to keep a run's history where the environment cannot be used."""
     contract = _contract.in_need(os.environ.get("FLIP_HUB_CONTRACT"))
-    return Settings.model_construct(end_run_seconds=0.0, hub_contract=contract)
+    return Settings.model_construct(end_run_seconds=0.0, told_contract=contract)
 
 
 def _ledger_directory(settings: Settings, fl_ctx: FLContext) -> Path:
