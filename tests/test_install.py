@@ -207,6 +207,21 @@ def test_jobs_may_name_our_components_and_the_parent_has_the_observer(kit: Path)
     assert ids(configured(kit, job=True)) == before
 
 
+def test_flips_own_component_of_the_parent_stays_beside_ours(kit: Path) -> None:
+    # As FLIP's image writes it at each start of the server: it tells the hub why a job cannot be scheduled.
+    reporter = {"id": "flip_job_scheduling_reporter", "path": "flip.nvflare.components.x.JobSchedulingReporter"}
+    file = kit / "local" / "flip__p_resources.json"
+    content = json.dumps({"components": [reporter | {"args": {}}]}, indent=2) + "\n"
+    file.write_text(content)
+    put_in(kit)
+    assert {"flip_job_scheduling_reporter", "flip_server_observer"} <= set(ids(configured(kit, job=False)))
+    assert file.read_text() == content
+    file.write_text(content)  # the next start
+    assert not put_in(kit).edits
+    take_out(kit)
+    assert file.read_text() == content
+
+
 def test_once_and_twice_and_undone(kit: Path) -> None:
     before = snapshot(kit)
     assert put_in(kit).edits

@@ -12,6 +12,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext, FLContextManager
+from nvflare.apis.job_def import RunStatus
 from nvflare.apis.signal import Signal
 from nvflare.apis.workspace import Workspace
 
@@ -193,6 +195,31 @@ def test_the_model_id_of_a_started_job_is_that_of_its_configuration(server: Serv
     server.fire(EventType.JOB_STARTED, **{FLContextKey.EVENT_DATA: {"job_id": JOB}})
     row = wait_until(lambda: server.row(JOB), 10, "the run is registered")
     assert row["model_id"] == MODEL
+
+
+@pytest.mark.parametrize(
+    ("status", "final"), [(RunStatus.FINISHED_CANT_SCHEDULE, "ERROR"), (RunStatus.FINISHED_ABORTED, "STOPPED")]
+)
+def test_a_job_that_never_began_is_ended_by_what_the_server_says_of_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: RunStatus, final: str
+) -> None:
+    job = SimpleNamespace(meta={"status": RunStatus.SUBMITTED.value})
+    monkeypatch.setattr(server.engine, "get_job", lambda job_id, fl_ctx: job)
+    server.fire(EventType.SYSTEM_START)
+    server.fire(EventType.SUBMIT_JOB, **{FLContextKey.JOB_META: {"name": MODEL, "job_id": JOB}})
+    wait_until(lambda: server.row(JOB), 10, "the run is registered")
+    job.meta["status"] = status.value  # no event is fired for it
+    row = wait_until(lambda: (row := server.row(JOB)) and row["final_status"] and row, 30, "the end is found")
+    assert (row["final_status"], row["model_id"]) == (final, MODEL)
+    with Ledger(server.root / "flip_observability") as ledger:
+        assert [(item.model_id, item.payload["status"]) for item in ledger.outbox(kind="status")] == [(MODEL, final)]
+
+
+def test_the_schedulers_thread_is_left_alone(server: Server) -> None:
+    for event in (EventType.BEFORE_CHECK_CLIENT_RESOURCES, EventType.AFTER_CHECK_CLIENT_RESOURCES):
+        server.fire(event, **{FLContextKey.JOB_META: {"name": MODEL, "job_id": JOB, "schedule_count": 9}})
+    assert server.component.observer is None
+    assert not (server.root / "flip_observability").exists()
 
 
 def test_a_queued_job_that_names_two_models_says_so_and_the_other_one_is_told_nothing(server: Server) -> None:
