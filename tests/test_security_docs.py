@@ -76,6 +76,12 @@ def test_every_claim_of_the_table_names_a_test() -> None:
     assert [row for row in table if "::test_" not in row] == []
 
 
+def test_everybody_that_is_trusted_with_something_has_a_test_where_it_ends() -> None:
+    table = TEXT.partition("| who | is trusted with |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) > 9
+    assert [row for row in table if "::test_" not in row] == []
+
+
 def test_the_settings_that_are_named_exist() -> None:
     ours = {str(field.alias) for field in Settings.model_fields.values()}
     named = set(re.findall(r"`([A-Z][A-Z_]{5,})(?:=\w+)?`", TEXT))
