@@ -39,6 +39,7 @@ from botocore.exceptions import (
 
 from flip_observability import _crc32
 from flip_observability._pace import Pace, Part, sending
+from flip_observability.log_ids import keep_secrets_out
 from flip_observability.utils import printable
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def _is_transient(error: Exception) -> bool:
 
 def make_client() -> S3Client:
     """A client from boto3's own chain of credentials, region and endpoint. It does not retry: :func:`_persist` does."""
+    keep_secrets_out()
     config = Config(
         connect_timeout=PATIENCE.connect,
         read_timeout=PATIENCE.silence,

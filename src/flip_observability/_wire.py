@@ -23,6 +23,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, HTTPError
 
+from flip_observability.log_ids import keep_secrets_out
+
 if TYPE_CHECKING:
     from flip_observability.client_spans import ClientSpans
 
@@ -150,6 +152,7 @@ class Wire:
     """
 
     def __init__(self, base: str, headers: dict[str, str], pool_size: int) -> None:
+        keep_secrets_out()
         self._base = base
         self._session = _Session()
         self._session.headers.update(headers)

@@ -36,6 +36,7 @@ from flip_observability.ledger import (
     LedgerError,
     file_system_of,
 )
+from flip_observability.log_ids import keep_secrets_out
 from flip_observability.settings import Settings, SettingsError
 from flip_observability.spool import odd_spools
 
@@ -430,6 +431,7 @@ def _judge_hub(settings: Settings, codes: list[int]) -> Finding:
 def _ask_hub(settings: Settings, method: str, path: str) -> int | Finding:
     import requests
 
+    keep_secrets_out()
     with requests.Session() as session:
         session.auth = lambda request: request  # no credentials from a .netrc file
         headers = {

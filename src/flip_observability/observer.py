@@ -22,6 +22,7 @@ from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT, TLS, Exporte
 from flip_observability.hub import Dispatcher, HubTransport, Transport, transport_for
 from flip_observability.ledger import JUDGE, Entry, Ledger, LedgerBusyError, LedgerCorruptError, LedgerError, set_aside
 from flip_observability.lifecycle import Event
+from flip_observability.log_ids import keep_secrets_out
 from flip_observability.metrics import FlipCollector, MetricsFold
 from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.settings import Settings
@@ -113,6 +114,7 @@ class Observer:
         with self._lock:
             if self._running:
                 return
+            keep_secrets_out()
             self._listen_at = 0.0
             self._listen(self._insist)
             self._running = True

@@ -28,7 +28,7 @@ from flip_observability.ledger import (
 )
 from flip_observability.lifecycle import Effects, Event, RunState, Scalar
 from flip_observability.links import LinkWatcher
-from flip_observability.log_ids import put_on_records, take_off_records
+from flip_observability.log_ids import keep_secrets_out, put_on_records, take_off_records
 from flip_observability.process import current_process
 from flip_observability.run_trace import RunTrace
 from flip_observability.settings import Settings
@@ -111,6 +111,7 @@ class RunRecorder:
         self._state = RunState(identity.run_id)
         tags = RunTags(identity.run_id, identity.job_id, identity.model_id, identity.net_id)
         self.trace = RunTrace(tags, tracing, self.now)
+        keep_secrets_out()
         put_on_records(self.trace.log_ids)
         self._lock = threading.Lock()
         self._backlog: deque[Entry] = deque()
