@@ -567,6 +567,20 @@ def test_rows_that_cannot_be_sent_do_not_stop_those_behind_them(hub: EmbeddedHub
     assert len(hub.records) == 2
 
 
+def test_what_a_row_names_cannot_break_a_line_of_the_log(
+    hub: EmbeddedHub, ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    evil = "evil\n2030-01-01 - ERROR - all is lost \x1b[2J\x9b\u202e" + "x" * 10_000
+    status(ledger, evil, "STOPPED", 1.0, final=True)
+    metric(ledger, evil, 1, 2.0)
+    hub.fail_with(400)
+    with caplog.at_level(logging.DEBUG, "flip_observability"):
+        simulate(dispatcher_for(hub, ledger), 10.0, 60.0)
+    told = [message for message in caplog.messages if "evil" in message]
+    assert told
+    assert all(message.isprintable() and len(message) < 1_500 for message in told)
+
+
 def test_a_transport_that_raises_is_taken_for_a_row_that_cannot_be_sent(hub: EmbeddedHub, ledger: Ledger) -> None:
     class Broken(_FailsFor):
         def send(self, row: OutboxRow) -> Reply:

@@ -748,6 +748,31 @@ def test_a_poisoned_run_holds_up_no_other_and_gets_its_status_too(
     assert "canary-4711" not in caplog.text
 
 
+@pytest.mark.parametrize("poison", [None, poison_history, poison_parent])
+def test_a_runs_id_cannot_break_a_line_of_the_log(
+    site: Site, poison: Callable[[Site, Run], None] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = site.begin()
+    if poison is not None:
+        poison(site, run)
+    evil = "evil\n2030-01-01 - ERROR - all is lost \x1b[2J\x9b\u202e" + "x" * 10_000
+    with contextlib.closing(sqlite3.connect(site.directory / FILE_NAME)) as db, db:
+        for table in ("runs", "events", "outbox"):
+            db.execute(f"UPDATE {table} SET run_id = ? WHERE run_id = ?", (evil, run.run_id))
+        db.execute("UPDATE runs SET model_id = ? WHERE run_id = ?", (evil, evil))
+    sentinel = site.sentinel()
+    with caplog.at_level(logging.DEBUG, "flip_observability"):
+        for _ in range(8):
+            site.time += 20.0
+            sentinel.sweep()
+    row = site.ledger.run(evil)
+    assert row is not None
+    assert row["final_status"] == "ERROR"
+    told = [message for message in caplog.messages if "evil" in message]
+    assert told
+    assert all(message.isprintable() and len(message) < 1_500 for message in told)
+
+
 def test_an_archive_that_raises_costs_nobody_else(site: Site) -> None:
     class Raising(Parent):
         def archive(self, job_id: str) -> AbstractContextManager[Path | None]:

@@ -8,7 +8,6 @@ never stops what is behind it.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import threading
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 from flip_observability._catalogue import BY_FACT, BY_NAME, EVENT_FACT, OTHER, Metric
-from flip_observability.errors import report
+from flip_observability.errors import logger, report
 from flip_observability.ledger import (
     Ledger,
     LedgerBusyError,
@@ -30,7 +29,7 @@ from flip_observability.ledger import (
     set_aside,
 )
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 BATCH = 500
 """Events folded in one transaction: few enough that no writer of another process waits noticeably."""

@@ -6,7 +6,6 @@ Kept apart from :mod:`flip_observability.results` so that boto3 is imported only
 from __future__ import annotations
 
 import contextvars
-import logging
 import random
 import socket
 import sys
@@ -39,6 +38,7 @@ from botocore.exceptions import (
 
 from flip_observability import _crc32
 from flip_observability._pace import Pace, Part, sending
+from flip_observability.errors import logger
 from flip_observability.log_ids import keep_secrets_out
 from flip_observability.utils import printable
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 _T = TypeVar("_T")
 
 MIB = 1024 * 1024

@@ -7,7 +7,6 @@ It sends nothing itself. What the hub must be told goes to the recorder of the r
 from __future__ import annotations
 
 import json
-import logging
 import math
 import operator
 import os
@@ -29,7 +28,7 @@ from flip_observability.constants import (
     ModelStatus,
     OwnEvents,
 )
-from flip_observability.errors import report
+from flip_observability.errors import logger, report
 from flip_observability.hub import CONTRACTS, Dispatcher, transport_for
 from flip_observability.ledger import Entry, Ledger, LedgerError, OutboxItem
 from flip_observability.lifecycle import Event, fold
@@ -38,7 +37,7 @@ from flip_observability.settings import LEDGER_FOLDER, Settings, SettingsError
 from flip_observability.spool import Spool
 from flip_observability.utils import canonical_uuid
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 MAX_LOG_CHARACTERS = 65_536
 """Of a text for the hub's log; what is longer loses its middle."""

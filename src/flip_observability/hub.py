@@ -7,7 +7,6 @@ A change of the wire touches :data:`CONTRACTS` alone. The client object that FLI
 from __future__ import annotations
 
 import json
-import logging
 import random
 import re
 import threading
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from urllib.parse import quote
 
 from flip_observability.constants import NO_HUB, ModelStatus
-from flip_observability.errors import QUIET_SECONDS, report
+from flip_observability.errors import QUIET_SECONDS, logger, report
 from flip_observability.ledger import Ledger, OutboxRow
 from flip_observability.lifecycle import Fact
 from flip_observability.process import ProcessIdentity, current_process
@@ -46,7 +45,7 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 CONNECT_SECONDS = 3.0
 TOTAL_SECONDS = 10.0

@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import functools
 import json
-import logging
 import os
 import sqlite3
 import stat
@@ -26,11 +25,12 @@ from typing import Any, NamedTuple
 import psutil
 
 from flip_observability.constants import OwnEvents
+from flip_observability.errors import logger
 from flip_observability.lifecycle import Event, Fact
 from flip_observability.process import ProcessIdentity
 from flip_observability.utils import make_private_folder
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 FILE_NAME = "ledger.db"
 SCHEMA_VERSION = 6

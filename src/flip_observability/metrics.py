@@ -7,7 +7,6 @@ gives the result, with gauges read from the ledger's tables, in the form that ``
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,13 +23,13 @@ from flip_observability._catalogue import BY_NAME, CATALOGUE, EVENT_FACT, PROBLE
 from flip_observability._fold import Exemplar, LiveLedger, MetricsFold, Series, SeriesKey, load_series, series_of
 from flip_observability._page import Renderer
 from flip_observability.constants import ModelStatus
-from flip_observability.errors import report
+from flip_observability.errors import logger, report
 from flip_observability.ledger import Ledger, LedgerError
 from flip_observability.settings import Settings
 
 __all__ = ["CATALOGUE", "EVENT_FACT", "FlipCollector", "Metric", "MetricsFold", "render"]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 MAX_OPEN_RUNS = 500
 """Open runs that gauges tell of, the most recently active first. ``flip_runs_active`` counts all."""

@@ -7,7 +7,6 @@ Nothing in the run directory is moved or deleted. What fails is a :class:`Result
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import secrets
@@ -24,12 +23,13 @@ from urllib.parse import unquote
 from flip_observability import _archive, _crc32
 from flip_observability._kit import Kit
 from flip_observability._pace import Pace
+from flip_observability.errors import logger
 from flip_observability.utils import make_private_folder
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 REASONS: tuple[str, ...] = (
     "access_denied",

@@ -8,7 +8,6 @@ on where this one ended.
 from __future__ import annotations
 
 import heapq
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from flip_observability._kit import Kit
 from flip_observability.client import results_destination
 from flip_observability.constants import FlipEvents, ModelStatus, OwnEvents
 from flip_observability.ending import SALVAGE, SALVAGE_FAILED, SALVAGED, UnendedRun
-from flip_observability.errors import report
+from flip_observability.errors import logger, report
 from flip_observability.hub import CONTRACTS
 from flip_observability.ledger import Entry, Ledger, LedgerError
 from flip_observability.lifecycle import Event, Fact
@@ -30,7 +29,7 @@ from flip_observability.results import Destination, Receipt, ResultsUploadError,
 from flip_observability.salvage import RunDirectory, StoredArchive, salvage
 from flip_observability.settings import Settings
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 PATIENCE_SECONDS = 600.0
 """How long a run's final status waits for its upload."""

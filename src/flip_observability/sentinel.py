@@ -6,7 +6,6 @@ first has chosen it.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 from flip_observability.constants import FlareEvents, ModelStatus
 from flip_observability.ending import SALVAGE, UnendedRun, finalise_plainly
-from flip_observability.errors import report
+from flip_observability.errors import logger, report
 from flip_observability.ledger import Ledger, LedgerError
 from flip_observability.lifecycle import Ending
 from flip_observability.links import LinkWatcher
@@ -28,7 +27,7 @@ from flip_observability.settings import Settings
 from flip_observability.spool import take_spools
 from flip_observability.tracing import Tracing, shared
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 WATCHING_SECONDS = 2.0
 """Between two sweeps while a run goes on: its death must be known at the hub within 30 s."""

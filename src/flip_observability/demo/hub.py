@@ -30,6 +30,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from flip_observability.constants import ROUND_LESS_EVENTS, ModelStatus
+from flip_observability.errors import logger
 
 Contract = Literal["2026-05", "2026-10"]
 
@@ -521,7 +522,7 @@ def _details_bytes(row: _Log202610) -> int:
 _KEPT = 1_000
 """Records of a hub that runs for long."""
 
-_log = logging.getLogger("flip_observability.demo.hub")
+_log = logger("flip_observability.demo.hub")
 
 
 def main(argv: list[str] | None = None) -> int:

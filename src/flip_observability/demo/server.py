@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from flip_observability.demo.job import has_lost_a_site, kill_job, prepare_workspace, write_job
 from flip_observability.demo.scenarios import SCENARIOS, Scenario
+from flip_observability.errors import logger
 from flip_observability.results import Destination
 from flip_observability.settings import Settings, SettingsError
 
@@ -37,7 +38,7 @@ _BUCKET_SECONDS = 120.0
 _GRACE_SECONDS = 5.0
 _RUN = "run-"
 
-_log = logging.getLogger("flip_observability.demo.server")
+_log = logger("flip_observability.demo.server")
 
 
 def main(argv: list[str] | None = None) -> int:

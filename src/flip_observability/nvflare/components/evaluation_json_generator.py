@@ -15,6 +15,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 from flip_observability.constants import FlareEvents, FlipMetaKey, PTConstants
 from flip_observability.nvflare.components._json_generator import MAX_DEPTH, JsonGenerator
+from flip_observability.utils import safe_text
 
 SERVER_MODEL = "SRV_"
 """What NVFLARE's cross-site evaluation puts before the name of a model of the server's."""
@@ -89,7 +90,9 @@ class EvaluationJsonGenerator(JsonGenerator):
             for model, reply in by_model.items():
                 _flatten(reply, _prefix(model, reply, several), labels, left_out)
             if left_out:
-                self.logger.warning("Not sent to the hub for %s, no finite numbers: %s", client, sorted(left_out))
+                self.logger.warning(
+                    "Not sent to the hub for %s, no finite numbers: %s", safe_text(client), safe_text(sorted(left_out))
+                )
             if labels:
                 found[client] = labels
         return found
