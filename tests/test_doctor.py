@@ -203,6 +203,54 @@ def test_what_was_set_aside(folder: Path) -> None:
     assert "1 damaged ledgers, 1 unreadable spools" in finding.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"ledger": 0o755}, "1 open to group or others"),
+        ({"ledger": 0o750, f"ledger/{FILE_NAME}": 0o640}, "2 open to group or others"),
+        ({f"ledger/{FILE_NAME}": 0o666}, None),  # nobody else gets into its folder
+        ({"ledger": 0o711, "ledger/spool-x.jsonl": 0o602}, "2 open to group or others"),
+        ({"kit/startup": 0o755, "kit/startup/server.key": 0o644}, "2 open to others"),
+        ({"kit/startup": 0o750, "kit/startup/server.key": 0o644}, None),
+        ({"results": 0o770}, "1 open to group or others"),
+    ],
+)
+def test_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], said: str | None) -> None:
+    Ledger(tmp_path / "ledger").close()
+    (tmp_path / "ledger" / "spool-x.jsonl").touch(0o600)
+    (tmp_path / "ledger" / "link").symlink_to(tmp_path)  # a link's own mode says nothing
+    (tmp_path / "kit" / "startup").mkdir(parents=True)
+    (tmp_path / "kit" / "startup").chmod(0o700)
+    (tmp_path / "kit" / "startup" / "server.key").touch(0o600)
+    (tmp_path / "results").mkdir(0o700)
+    for name, mode in changes.items():
+        (tmp_path / name).chmod(mode)
+    told(monkeypatch, UPLOADED_FEDERATED_DATA_BUCKET=(tmp_path / "results").as_uri())
+    finding = check("modes", tmp_path / "ledger", workspace=tmp_path / "kit")
+    assert finding.level is (Level.WARN if said else Level.OK), finding
+    if said:
+        assert said in finding.text
+        assert str(tmp_path / next(iter(changes)).partition("/")[0]) in finding.text
+        assert "chmod -R " in finding.todo
+
+
+def test_a_ledger_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Ledger(folder).close()
+    here = len(list(folder.iterdir())) + 1
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    finding = check("modes", folder)
+    assert finding.level is Level.WARN
+    assert f"{here} another user's" in finding.text
+    assert f"give {folder} to the server's user" in finding.todo
+    monkeypatch.setattr(os, "geteuid", lambda: 0)  # root may look, and the whole is one user's
+    assert check("modes", folder).level is Level.OK
+
+
+def test_without_any_private_folder_there_are_no_modes() -> None:
+    assert check("modes", workspace=Path("/nowhere")).level is Level.SKIP
+
+
 def test_who_observes(folder: Path) -> None:
     with Ledger(folder) as ledger:
         assert check("observer", folder).level is Level.WARN

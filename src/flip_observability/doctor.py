@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flip_observability import _contract
+from flip_observability._modes import Private
 from flip_observability.component_paths import CLASS_OF, too_wide
 from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT
 from flip_observability.ledger import (
@@ -324,6 +325,28 @@ def check_leftovers(patient: Patient) -> Finding:
         f"set aside or left alone in {patient.directory}: {', '.join(parts)}",
         "see whether the disk is well; statuses in them may be missing at the hub; then move them away",
     )
+
+
+def check_modes(patient: Patient) -> Finding:
+    """Whether only those can get at ledger, results and the kit's keys who should."""
+    places = [
+        Private("the ledger's folder", patient.directory),
+        Private("the kit's keys in", patient.workspace / "startup", is_for_group=True),
+    ]
+    if (results := _results_folder(patient.settings)) is not None:
+        places.append(Private("the results' folder", results))
+    if not any(place.folder.is_dir() for place in places):
+        return Finding(Level.SKIP, "neither ledger, nor kit, nor a folder for results is here")
+    wrong = [complaint for place in places if (complaint := place.complaint()) is not None]
+    if not wrong:
+        return Finding(Level.OK, "nobody else can get at ledger, results and keys, by modes and owners")
+    return Finding(Level.WARN, "; ".join(text for text, _ in wrong), "; ".join(todo for _, todo in wrong))
+
+
+def _results_folder(settings: Settings | None) -> Path | None:
+    from flip_observability.results import Destination
+
+    return Destination.parse(settings.bucket).directory if settings is not None and settings.bucket else None
 
 
 def check_observer(ledger: Ledger) -> Finding:
@@ -708,6 +731,7 @@ CHECKS: Mapping[str, Check] = {
     "allow list": check_allow_list,
     "ledger": check_ledger,
     "set aside": check_leftovers,
+    "modes": check_modes,
     "observer": _needs_ledger(check_observer),
     "outbox": _needs_ledger(check_outbox),
     "errors": _needs_ledger(check_errors),
