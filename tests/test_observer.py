@@ -98,6 +98,22 @@ def value(one: Observer, name: str, **labels: str) -> float | None:
     return None
 
 
+def test_in_another_users_folder_the_server_makes_the_ledger(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with observing(folder, wait=False, make_ledger=False) as one:
+        wait_for(lambda: "another user's" in get(one, "/readyz")[1])
+        assert str(folder) in get(one, "/readyz")[1]
+        time.sleep(0.5)
+        assert list(folder.iterdir()) == []
+        with Ledger(folder):
+            wait_for(lambda: get(one, "/readyz")[0] == 200)
+    assert len([message for message in caplog.messages if "Waiting for it" in message]) == 1
+    assert not one.active
+
+
 # -- what it does ------------------------------------------------------------------------------------------------------
 
 

@@ -149,11 +149,25 @@ def test_what_cannot_be_served_is_one_line(folder: Path, arguments: tuple[str, .
     assert done.stderr.count("\n") == 1
 
 
-def test_a_missing_folder_is_said_and_not_made(tmp_path: Path) -> None:
-    done = _run(tmp_path / "nowhere", "--port", "0")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "FLIP_OBSERVABILITY_DIR" in done.stderr
-    assert not (tmp_path / "nowhere").exists()
+def test_a_missing_folder_is_waited_for_and_not_made(tmp_path: Path) -> None:
+    missing = tmp_path / "not" / "yet"
+    with serving(missing) as server:
+        wait_for(partial(_says, server, "there is no such folder yet"))
+        code, said = server.get("/readyz")
+        assert code == 503
+        assert str(missing) in said
+        time.sleep(2.5)  # it has looked again, more than once
+        assert server.get("/healthz")[0] == 200
+        assert server.get("/metrics")[0] == 503
+        assert not missing.parent.exists()
+        with Ledger(missing) as ledger:
+            Run(ledger).train({"site-1": 1})
+            wait_for(lambda: server.get("/readyz")[0] == 200)
+            assert "flip_runs_active" in server.get()[1]
+            code, _, err = server.end()
+    assert code == 0
+    assert err.count(str(missing)) == 1, err
+    assert "error" not in err.lower()
 
 
 def test_bad_settings_are_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ loop of its own on a daemon thread: a part that fails is built anew, counted, an
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import threading
 import time
 import uuid
@@ -17,16 +18,27 @@ from typing import Protocol
 
 from flip_observability._page import Renderer
 from flip_observability.constants import OwnEvents
-from flip_observability.errors import drain, report
+from flip_observability.errors import drain, logger, report
 from flip_observability.exporter import DEFAULT_HOST, DEFAULT_PORT, TLS, Exporter, ExporterError, NotReadyError
 from flip_observability.hub import Dispatcher, HubTransport, Transport, transport_for
-from flip_observability.ledger import JUDGE, Entry, Ledger, LedgerBusyError, LedgerCorruptError, LedgerError, set_aside
+from flip_observability.ledger import (
+    FILE_NAME,
+    JUDGE,
+    Entry,
+    Ledger,
+    LedgerBusyError,
+    LedgerCorruptError,
+    LedgerError,
+    set_aside,
+)
 from flip_observability.lifecycle import Event
 from flip_observability.log_ids import keep_secrets_out
 from flip_observability.metrics import FlipCollector, MetricsFold
 from flip_observability.process import ProcessIdentity, current_process
 from flip_observability.settings import Settings
 from flip_observability.spool import take_spools
+
+log = logger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 STANDBY_SECONDS = 1.0
@@ -67,6 +79,8 @@ class Observer:
         judge: whether the server's parent process tells the sentinel how jobs end.
         transport: how the hub is reached; from the settings when None.
         insist: whether :meth:`start` raises when the endpoint cannot be had. Otherwise that is logged and tried again.
+        make_ledger: False for one that waits until the server has made the ledger's folder, and the ledger in it where
+            the folder is another user's: a ledger that root makes would lock the server out.
     """
 
     def __init__(
@@ -82,10 +96,12 @@ class Observer:
         judge: bool = False,
         transport: Transport | None = None,
         insist: bool = False,
+        make_ledger: bool = True,
     ) -> None:
         self.settings, self.directory = settings, directory
         self.token = f"{current_process().token()}|{uuid.uuid4().hex[:12]}{JUDGE if judge else ''}"
         self._sentinel, self._transport, self._insist = sentinel, transport, insist
+        self._make_ledger = make_ledger
         self.exporter: Exporter | None = None
         if serve:
             self.exporter = Exporter(self._metrics, self._why_not_ready, self._about, host=host, port=port, tls=tls)
@@ -206,6 +222,14 @@ class Observer:
         if not self._active:
             self._obstacle = f"the ledger cannot be written ({type(error).__name__})"
 
+    def _lacks_ledger(self) -> bool:
+        """Whether there is no ledger yet that may be opened; a person is told once what is waited for."""
+        missing = "" if self._make_ledger else _what_is_missing(self.directory)
+        if missing and missing != self._obstacle:
+            log.warning("The ledger's folder is %s: %s. Waiting for it; is it the right one?", self.directory, missing)
+            self._became(active=False, obstacle=missing)
+        return bool(missing)
+
     def _became(self, *, active: bool, obstacle: str = "") -> None:
         changed, self._active, self._obstacle = active != self._active, active, obstacle
         if changed:
@@ -300,6 +324,9 @@ class _Loop:
             if self._connection.is_stale():
                 self._reset()
             if self._part is None:
+                if self._observer._lacks_ledger():
+                    self.last_success = time.time()
+                    return STANDBY_SECONDS
                 self._part = self._make(self._observer, self._connection.ledger())
             pause = self._part.step()
         except LedgerBusyError as error:
@@ -361,6 +388,15 @@ class _Connection:
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def _what_is_missing(directory: Path) -> str:
+    """Why a ledger in there is not to be opened yet, in words; nothing when it is."""
+    if not os.path.isdir(directory):
+        return "there is no such folder yet (the server makes it), or this user cannot see it"
+    if os.stat(directory).st_uid != os.geteuid() and not os.path.exists(directory / FILE_NAME):
+        return "the folder is another user's, and the server has not made a ledger in it yet"
+    return ""
 
 
 class _Keeper:

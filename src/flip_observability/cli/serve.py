@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flip_observability.cli.common import DIRECTORY_VARIABLE, CommandError, console, ledger_directory
+from flip_observability.cli.common import CommandError, console, ledger_directory
 from flip_observability.settings import Settings
 
 
@@ -37,16 +37,21 @@ def serve(
 
     settings = Settings.load()
     directory = ledger_directory(ctx)
-    if not directory.is_dir():
-        raise CommandError(
-            f"No folder {directory}: name the server's ledger folder with --dir or {DIRECTORY_VARIABLE}. "
-            "The server makes it with its first run; an empty one will do"
-        )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("flip_observability").setLevel(logging.INFO)  # what the libraries do is of no interest
     tls = TLS(tls_cert, tls_key, client_ca)
     sentinel = Sentinel(settings, directory.absolute())
-    observer = Observer(settings, directory.absolute(), host=host, port=port, tls=tls, sentinel=sentinel, insist=True)
+    # The server makes the ledger: its folder may come with the first run, and must be the server's user's.
+    observer = Observer(
+        settings,
+        directory.absolute(),
+        host=host,
+        port=port,
+        tls=tls,
+        sentinel=sentinel,
+        insist=True,
+        make_ledger=False,
+    )
     sentinel.on_final = lambda: observer.nudge("dispatcher")
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
