@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from flip_observability.cli import main
-from flip_observability.constants import FlareEvents, FlipEvents
+from flip_observability.constants import NO_HUB, FlareEvents, FlipEvents
 from flip_observability.demo.bucket import EmbeddedBucket
 from flip_observability.demo.hub import EmbeddedHub
 from flip_observability.ledger import FILE_NAME, SCHEMA_VERSION, Entry, Ledger
@@ -352,6 +353,40 @@ def test_show_everything(flip_obs: FlipObs, ledger: Ledger) -> None:
     assert any("+0.0 s start_run" in line for line in lines)
     assert not any("before_process_submission" in line for line in lines)
     assert "before_process_submission" in flip_obs("show", run.run_id, "--all").out
+
+
+@pytest.mark.parametrize(
+    ("contract", "ours", "hubs"),
+    [
+        ("2026-10", "TRAINING_STARTED", "RUNNING"),
+        ("2026-10", "RESULTS_UPLOAD_FAILED", None),
+        ("2026-05", "TRAINING_STARTED", None),
+        ("2026-05", "RESULTS_UPLOAD_FAILED", "ERROR"),
+        ("neither", "TRAINING_STARTED", None),  # what is no contract is the server's to complain of
+    ],
+)
+def test_show_has_the_hubs_word_beside_ours(
+    flip_obs: FlipObs, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, contract: str, ours: str, hubs: str | None
+) -> None:
+    monkeypatch.setenv("FLIP_HUB_CONTRACT", contract)
+    run = trained(ledger, status=None)
+    run.tell("status", {"status": "RESULTS_UPLOAD_FAILED"})
+    run.tell("status", {"status": "made up"})
+    run.deliver()
+    out = flip_obs("show", run.run_id).out
+    assert re.search(rf"{ours} {re.escape(f'({hubs} to the hub)') if hubs else '+(accepted|superseded)'}", out), out
+    statuses = json.loads(flip_obs("show", run.run_id, "--json").out)["statuses"]
+    assert [line["hub_status"] for line in statuses if line["status"] == ours] == [hubs or ours]
+    assert [line["hub_status"] for line in statuses if line["status"] == "made up"] == ["made up"]
+
+
+def test_show_without_a_hub_has_no_word_of_it(
+    flip_obs: FlipObs, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLIP_HUB_CONTRACT", "2026-10")
+    run = trained(ledger, status=None)
+    run.deliver(outcome=NO_HUB)
+    assert "to the hub" not in flip_obs("show", run.run_id).out
 
 
 def test_the_timeline_tells_what_a_client_could_not_do(flip_obs: FlipObs, ledger: Ledger) -> None:

@@ -137,6 +137,14 @@ class Contract:
         """Whether rounds are told as events."""
         return "event" in self.posts
 
+    def spelling(self, status: str) -> str:
+        """How the hub spells a status of ours; what is none stays as it is."""
+        try:
+            known = ModelStatus(status)
+        except ValueError:
+            return status
+        return self.spelled.get(known, known).value
+
     def request(self, kind: str, model_id: str, payload: Payload) -> tuple[str, str, dict[str, Any] | None]:
         """The call that a row of the outbox becomes.
 
@@ -156,7 +164,7 @@ class Contract:
         base = f"/model/{quote(model_id, safe='')}"
         if kind == "status":
             status = ModelStatus(payload["status"])
-            return "PUT", f"{base}/status/{quote(self.spelled.get(status, status).value, safe='')}", None
+            return "PUT", f"{base}/status/{quote(self.spelling(status.value), safe='')}", None
         if kind not in self.posts:
             raise ValueError("this contract has no such call")
         path, body = self.posts[kind]

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -94,12 +94,13 @@ class RunLine:
 
 @dataclass(frozen=True)
 class StatusLine:
-    """A status that the run reached, and whether the hub knows."""
+    """A status that the run reached, and whether the hub knows. ``hub_status`` is how its contract spells it."""
 
     status: str
     time: datetime | None
     final: bool
     hub: HubAnswer
+    hub_status: str
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,11 @@ def run_line(run: Mapping[str, Any], outbox: Iterable[OutboxRow], now: float) ->
 
 
 def run_report(
-    run: Mapping[str, Any], events: Iterable[Mapping[str, Any]], outbox: Iterable[OutboxRow], now: float
+    run: Mapping[str, Any],
+    events: Iterable[Mapping[str, Any]],
+    outbox: Iterable[OutboxRow],
+    now: float,
+    spelling: Callable[[str], str] = str,
 ) -> RunReport:
     """Everything about one run, by folding its events again.
 
@@ -231,6 +236,7 @@ def run_report(
         events: the run's events, in the order in which they were written.
         outbox: the run's rows of the outbox.
         now: epoch seconds; what has not ended yet is measured up to then.
+        spelling: gives the hub's word for a status of ours; the same when there is none.
     """
     rows = list(outbox)
     folded = _Folded(str(run["run_id"]))
@@ -239,7 +245,7 @@ def run_report(
     folded.close(now if run["final_status"] is None else run["final_time"], cut_off=run["final_status"] is not None)
     return RunReport(
         run=run_line(run, rows, now),
-        statuses=_status_lines(folded.statuses, rows),
+        statuses=_status_lines(folded.statuses, rows, spelling),
         rounds=folded.round_lines(),
         clients=_client_lines(folded.tasks),
         tasks=folded.tasks,
@@ -306,7 +312,9 @@ def _receipt(run: Mapping[str, Any]) -> Receipt | None:
     return Receipt(run["results_uri"], run["results_bytes"], run["results_files"], run["results_crc32"])
 
 
-def _status_lines(reached: list[tuple[ModelStatus, float, bool]], outbox: list[OutboxRow]) -> list[StatusLine]:
+def _status_lines(
+    reached: list[tuple[ModelStatus, float, bool]], outbox: list[OutboxRow], spelling: Callable[[str], str]
+) -> list[StatusLine]:
     """Join the statuses that the events tell with what the hub was told: each may know more than the other."""
     rows = [row for row in outbox if row.kind == "status"]
     lines: list[tuple[float, StatusLine]] = []
@@ -315,9 +323,10 @@ def _status_lines(reached: list[tuple[ModelStatus, float, bool]], outbox: list[O
         if row is not None:
             rows.remove(row)
         answer = hub_answer(row) if row else HubAnswer("not sent")
-        lines.append((when, StatusLine(status.value, moment(when), final, answer)))
+        lines.append((when, StatusLine(status.value, moment(when), final, answer, spelling(status.value))))
     for row in rows:
-        line = StatusLine(str(row.payload.get("status")), moment(row.created), row.final, hub_answer(row))
+        told = str(row.payload.get("status"))
+        line = StatusLine(told, moment(row.created), row.final, hub_answer(row), spelling(told))
         lines.append((row.created, line))
     return [line for _, line in sorted(lines, key=lambda item: item[0])]
 

@@ -132,7 +132,10 @@ def _statuses(report: RunReport) -> Table | None:
         return None
     table = _table("time", "status", "hub")
     for line in report.statuses:
-        table.add_row(local_time(line.time), _status(line.status), _hub(line.hub))
+        status = _status(line.status)
+        if line.hub_status != line.status and line.hub.state != "no hub":
+            status.append(f" ({safe(line.hub_status, 40)} to the hub)", "dim")
+        table.add_row(local_time(line.time), status, _hub(line.hub))
     return table
 
 

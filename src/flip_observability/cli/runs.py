@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from flip_observability import report, tables
+from flip_observability._contract import in_need
 from flip_observability.cli.common import (
     JsonOption,
     LatestOption,
@@ -19,6 +21,7 @@ from flip_observability.cli.common import (
     statuses_of,
 )
 from flip_observability.constants import ModelStatus
+from flip_observability.hub import CONTRACTS
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _AGE_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
@@ -65,7 +68,9 @@ def show(
     with open_ledger(ctx) as ledger:
         row = find_run(ledger, run, latest=latest)
         run_id = row["run_id"]
-        whole = report.run_report(row, ledger.events(run_id), ledger.outbox(run_id=run_id), time.time())
+        # Not all settings: what a run did can be looked at where the server's other variables are not set.
+        spelling = CONTRACTS[in_need(os.environ.get("FLIP_HUB_CONTRACT"))].spelling
+        whole = report.run_report(row, ledger.events(run_id), ledger.outbox(run_id=run_id), time.time(), spelling)
     if as_json:
         typer.echo(report.to_json(whole))
     else:
