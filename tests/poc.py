@@ -56,10 +56,11 @@ class Poc(FlareSystem):
         observer.write_text(json.dumps(content))
         if not observed:
             observer.unlink()
-        for name in self.clients:
-            for file in (self.kits / name / "local").glob("resources.json*"):
+        # What installing allows are our components alone: the demo's job has a workflow and a trainer of its own, too.
+        for kit in (self.server_kit, *(self.kits / name for name in self.clients)):
+            for file in (kit / "local").glob("resources.json*"):
                 resources = json.loads(file.read_text())
-                resources["class_allow_list"] = [*resources.get("class_allow_list", []), "flip_observability."]
+                resources["class_allow_list"] = [*resources.get("class_allow_list", []), "flip_observability.demo."]
                 file.write_text(json.dumps(resources))
 
     @property
