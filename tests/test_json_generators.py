@@ -128,6 +128,23 @@ def test_what_is_no_result_is_logged_and_not_kept(
     assert run.recorder.events == []  # no log event: it would come back to every component
 
 
+def test_what_a_client_names_cannot_break_a_line_of_the_log(
+    run: Run, generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    evil = "evil\n2030-01-01 - ERROR - all is lost \x1b[2J\x9b" + "x" * 10_000
+    odd, failed = metrics(acc=1), make_reply(ReturnCode.EXECUTION_EXCEPTION)
+    odd["DXO"]["kind"] = evil
+    failed.set_return_code(evil)
+    with caplog.at_level(logging.WARNING):
+        for result in (odd, failed, metrics(**{evil: float("nan")})):
+            generator.handle_evaluation_events(RECEIVED, run.result(evil, result, "site-2"))
+        if isinstance(generator, EvaluationJsonGenerator):
+            generator.hub_metrics()
+    assert any("evil" in message for message in caplog.messages)
+    assert all("\x1b" not in message and "\n2030" not in message for message in caplog.messages), caplog.messages
+    assert all(len(message) < 1_500 for message in caplog.messages)
+
+
 def test_a_validation_without_an_owner_is_not_kept(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     generator = ValidationJsonGenerator()
     generator.handle_evaluation_events(RECEIVED, run.result("site-1", metrics(acc=1)))

@@ -17,6 +17,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.file_utils import resolve_path_under_root
 
 from flip_observability.constants import FlareEvents
+from flip_observability.utils import safe_text
 
 MAX_DEPTH = 8
 """Levels of nesting that are written; metrics have one or two."""
@@ -107,7 +108,7 @@ class JsonGenerator(FLComponent):
         return metrics
 
     def _refuse(self, fl_ctx: FLContext, reason: str) -> None:
-        self.log_error(fl_ctx, f"{reason}. The result will not be saved to json.", fire_event=False)
+        self.log_error(fl_ctx, f"{safe_text(reason)}. The result will not be saved to json.", fire_event=False)
 
     def _write(self, fl_ctx: FLContext) -> None:
         self._write_file(fl_ctx, self._json_file_name, self._results())

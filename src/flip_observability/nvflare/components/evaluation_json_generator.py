@@ -122,7 +122,8 @@ class EvaluationJsonGenerator(JsonGenerator):
             self._eval_failures.append({"model": model, "client": client, "return_code": code})
         self.log_error(
             fl_ctx,
-            f"Evaluation task failed (model={model}, client={client}, return_code={code}). "
+            f"Evaluation task failed (model={safe_text(model)}, client={safe_text(client)}, "
+            f"return_code={safe_text(code)}). "
             f"Recorded in {self._failures_file_name}.",
             fire_event=False,
         )
