@@ -64,7 +64,8 @@ def submitted(run: Run, model_id: str = MODEL_ID) -> list[str]:
     return [folder for folder in ("save", "transfer") if (run.root / folder / model_id).exists()]
 
 
-def test_the_surface_that_others_read() -> None:
+def test_the_surface_that_others_read(tmp_path: Path) -> None:
+    one, another = FolderClient(tmp_path), FolderClient(tmp_path)
     component = PersistToS3AndCleanup(MODEL_ID)
     assert component.model_id == MODEL_ID
     assert component.persistor_id == "persistor"
@@ -72,10 +73,10 @@ def test_the_surface_that_others_read() -> None:
     assert component.model_inventory == {}
     assert component.model_dir == ""
     assert component.bucket_name == ""
-    positional = PersistToS3AndCleanup(MODEL_ID.upper(), "other", "a client")
-    assert (positional.model_id, positional.persistor_id, positional.flip) == (MODEL_ID, "other", "a client")
-    positional.flip = "another"
-    assert positional.flip == "another"
+    positional = PersistToS3AndCleanup(MODEL_ID.upper(), "other", one)
+    assert (positional.model_id, positional.persistor_id, positional.flip) == (MODEL_ID, "other", one)
+    positional.flip = another
+    assert positional.flip is another
 
 
 def test_results_are_uploaded_then_the_submitted_app_is_removed(run: Run, client: FolderClient, tmp_path: Path) -> None:

@@ -642,3 +642,14 @@ def test_a_status_that_the_jobs_code_gives_to_the_client_is_the_runs(monkeypatch
 
 def test_a_job_export_does_not_write_the_client() -> None:
     assert not {"flip", "_flip"} & vars(ServerEventHandler(MODEL, flip=Client())).keys()
+
+
+@pytest.mark.parametrize("given", [1, "client", {"path": "x"}, object()], ids=["number", "text", "object", "other"])
+def test_what_is_no_client_does_not_take_the_place_of_ours(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with EmbeddedHub() as hub:
+        monkeypatch.setenv("LOCAL_DEV", "false")
+        monkeypatch.setenv("FLIP_API_INTERNAL_URL", hub.url)
+        monkeypatch.setenv("INTERNAL_SERVICE_KEY", hub.key)
+        handler, engine = make(given)
+        run(handler, engine, EventType.START_RUN, *END)
+        assert hub.statuses(MODEL) == ["RESULTS_UPLOADED"]

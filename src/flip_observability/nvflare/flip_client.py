@@ -17,6 +17,8 @@ class UsesFlip:
     """
 
     _hub_client: Any = None
+    _called = "update_status"
+    """What the component calls of the object. A job's configuration can name anything as its client, 1 for example."""
 
     @property
     def flip(self) -> Any:
@@ -33,6 +35,9 @@ class UsesFlip:
 
     @flip.setter
     def flip(self, client: Any) -> None:
+        if client is not None and not callable(getattr(client, self._called, None)):
+            report("foreign_client", "BadArgument", f"the job's client has no {self._called}; ours is used instead")
+            client = None
         self._hub_client = client
 
     def _accept_model_id(self, given: Any) -> str:

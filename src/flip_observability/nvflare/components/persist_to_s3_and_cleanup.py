@@ -39,6 +39,8 @@ class PersistToS3AndCleanup(UsesFlip, FLComponent):
         ValueError: for a ``model_id`` that is given and is no UUID.
     """
 
+    _called = "upload_results_to_s3"
+
     def __init__(
         self, model_id: str = "", persistor_id: str = AppConstants.DEFAULT_PERSISTOR_ID, flip: Any = None
     ) -> None:

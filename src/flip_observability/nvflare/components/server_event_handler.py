@@ -56,7 +56,7 @@ class ServerEventHandler(UsesFlip, FLComponent):
         flip: Any = None,
     ) -> None:
         super().__init__()
-        self._hub_client = flip
+        self.flip = flip
         self.model_id = self._accept_model_id(model_id)
         self.validation_json_generator_id = validation_json_generator_id
         self.validation_json_generator: Any = None
