@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from flip_runs import Outcome
@@ -77,4 +78,8 @@ def _content(name: str, data: bytes, outcome: Outcome) -> Any:
         return None
     if name == "meta.json":  # holds the model's id, and on a server when and by whom the job was submitted
         return sorted(json.loads(data))
-    return json.loads(data.decode().replace(outcome.model_id, "MODEL")) if name.endswith(".json") else data
+    if not name.endswith(".json"):
+        return data
+    content = json.loads(data.decode().replace(outcome.model_id, "MODEL"))
+    # A list, as that of an evaluation's failures, has the order in which the sites happened to answer.
+    return sorted(content, key=partial(json.dumps, sort_keys=True)) if isinstance(content, list) else content
