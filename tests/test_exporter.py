@@ -7,6 +7,7 @@ import errno
 import gzip
 import http.client
 import os
+import select
 import socket
 import ssl
 import subprocess
@@ -256,7 +257,8 @@ def test_a_client_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
     with serving(make(lambda _: ("text/plain", page))) as endpoint:
         with socket.create_connection(("127.0.0.1", endpoint.port), timeout=30) as wire:
             wire.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-            time.sleep(1)
+            select.select([wire], [], [], 30)  # the answer has begun, however busy the machine is
+            time.sleep(2)
             got = 0
             with contextlib.suppress(ConnectionError):
                 while data := wire.recv(1 << 20):

@@ -281,8 +281,9 @@ def test_a_volatile_file_system_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ledger_module, "file_system_of", lambda _: "tmpfs")
-    Ledger(tmp_path).close()
-    assert "dies with the container" in caplog.text
+    for _ in range(3):
+        Ledger(tmp_path).close()
+    assert caplog.text.count("dies with the container") == 1
 
 
 def test_the_file_system_is_really_looked_up() -> None:

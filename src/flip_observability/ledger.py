@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -997,12 +998,18 @@ def _prepare_directory(directory: Path) -> None:
             "Set FLIP_OBSERVABILITY_DIR to a folder on a local disk."
         )
     if kind in VOLATILE_FILE_SYSTEMS:
-        log.warning(
-            "The ledger's folder %s is on %s: its history dies with the container. "
-            "Set FLIP_OBSERVABILITY_DIR to a folder on a mounted disk.",
-            directory,
-            kind,
-        )
+        _warn_of_a_volatile(directory, kind)
+
+
+@cache
+def _warn_of_a_volatile(directory: Path, kind: str) -> None:
+    # Once for a folder and process, which opens its ledger many times.
+    log.warning(
+        "The ledger's folder %s is on %s: its history dies with the container. "
+        "Set FLIP_OBSERVABILITY_DIR to a folder on a mounted disk.",
+        directory,
+        kind,
+    )
 
 
 def _inode(path: Path) -> int | None:
